@@ -1,0 +1,140 @@
+"""What goes into the engine and what comes out of it. Plain values: no tensors, no text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen; every field resolved and in range.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: Mass of the nucleus, in (0, 1]; 1 is off.
+        top_k: Tokens kept; 0 is off.
+        min_p: Share of the most probable token's probability, in [0, 1]; 0 is off.
+        repetition_penalty: Above 0; 1 is off.
+        repetition_context: Tokens looked back at, prompt included; -1 is all.
+        presence_penalty: Subtracted once from every generated token's logit.
+        frequency_penalty: Subtracted from a token's logit for each time it was generated.
+        logit_bias: Token id to bias.
+        seed: None draws one at random.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    repetition_context: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sequence to generate.
+
+    Attributes:
+        request_id: Unique among live requests; shows in logs.
+        model_id: A model that is loaded in the engine.
+        prompt: Token ids, at least one.
+        max_tokens: Tokens to generate at most, at least 1, with the prompt within the context.
+        sampling: How tokens are chosen.
+        top_logprobs: None computes no log-probabilities; k reports the chosen token's and the k
+            most probable tokens'.
+        ignore_eos: Generate to max_tokens, whatever the model says.
+    """
+
+    request_id: str
+    model_id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams
+    top_logprobs: int | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token id with the natural logarithm of its probability."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token.
+
+    Attributes:
+        token_id: Its id.
+        logprob: Set where the request asked for log-probabilities.
+        top: The most probable tokens in descending order, as many as were asked for.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[TokenLogprob, ...] = ()
+
+
+class StopCause(Enum):
+    """Why the engine ended a sequence."""
+
+    END_OF_SEQUENCE = "end_of_sequence"
+    MAX_TOKENS = "max_tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillStarted:
+    """The request left the queue and has a place in the batch. Always the first event.
+
+    Attributes:
+        queue_seconds: How long it waited.
+        cached_tokens: Prompt tokens whose KV cache was reused.
+    """
+
+    queue_seconds: float
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """Prompt tokens processed so far, of how many."""
+
+    processed: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokensGenerated:
+    """New tokens, in order; the end-of-sequence token is never among them. Never empty."""
+
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationFinished:
+    """The sequence ended. Always the last event.
+
+    Attributes:
+        cause: Why.
+        completion_tokens: Tokens generated, the end-of-sequence token not counted.
+        prompt_seconds: From admission to the first token.
+        decode_seconds: From the first token to the last.
+    """
+
+    cause: StopCause
+    completion_tokens: int
+    prompt_seconds: float
+    decode_seconds: float
+
+
+EngineEvent: TypeAlias = PrefillStarted | PrefillProgress | TokensGenerated | GenerationFinished

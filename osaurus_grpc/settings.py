@@ -1,0 +1,231 @@
+"""The core's settings: one frozen dataclass, read once from flags, environment and a TOML file.
+
+A flag wins over the environment, the environment over the file, the file over the default. Every
+option has the environment variable OSAURUS_ and its name; the models directory and the ports also
+answer to the names the original Osaurus uses (OSU_MODELS_DIR, OSU_PORT). The file is
+~/.osaurus/config.toml or --config FILE; the core reads its table [core].
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import configargparse
+
+DEFAULT_CONFIG_FILE = "~/.osaurus/config.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the core process can be told.
+
+    Attributes:
+        host: Address the gRPC server binds.
+        grpc_port: Its port; 0 lets the system choose.
+        models_dir: Where models live.
+        hub_cache_dir: The Hugging Face cache, read only; None leaves it out.
+        default_model: What an empty model name and "default" mean; "" is the only model, if there
+            is one.
+        fallback_model: What an unknown model name means; "" refuses it.
+        aliases: Names to model ids.
+        preload_model: Loaded before the server reports that it serves; "" loads on first use.
+        max_concurrent_requests: A model, running and waiting; 0 is no limit.
+        requests_per_minute: A model; 0 is no limit.
+        max_batch_size: Sequences decoded together.
+        max_waiting_requests: Sequences waiting for a place in the batch, over all models.
+        max_output_tokens: Cap of every request's max_tokens; 0 is none.
+        prefill_chunk_tokens: Prompt tokens processed between two decode steps of running streams.
+        max_loaded_models: Models in memory at once; the least recently used idle one makes way.
+        keep_alive_seconds: Unload a model that was not used for so long; negative is never.
+        dtype: "auto", or what weights are held in: "float32", "float16", "bfloat16", "native".
+        blas_threads: Threads of the CPU's BLAS; 0 chooses.
+        api_keys: Bearer keys that callers must show; none turns authentication off.
+        insecure_expose: Allow another address than loopback without a key.
+        drain_seconds: How long running requests may go on after SIGTERM.
+        reject_shared_models_dir: Refuse to start where another server uses the models directory.
+        log_level: Of the standard logging levels.
+    """
+
+    host: str = "127.0.0.1"
+    grpc_port: int = 50051
+    models_dir: Path = field(default_factory=lambda: Path("~/MLXModels").expanduser())
+    hub_cache_dir: Path | None = None
+    default_model: str = ""
+    fallback_model: str = ""
+    aliases: tuple[tuple[str, str], ...] = ()
+    preload_model: str = ""
+    max_concurrent_requests: int = 10
+    requests_per_minute: int = 100
+    max_batch_size: int = 32
+    max_waiting_requests: int = 512
+    max_output_tokens: int = 0
+    prefill_chunk_tokens: int = 512
+    max_loaded_models: int = 3
+    keep_alive_seconds: float = -1.0
+    dtype: str = "auto"
+    blas_threads: int = 0
+    api_keys: tuple[str, ...] = ()
+    insecure_expose: bool = False
+    drain_seconds: float = 30.0
+    reject_shared_models_dir: bool = True
+    log_level: str = "info"
+
+
+def default_hub_cache_dir() -> Path:
+    """The Hugging Face cache of this user, by the hub's own environment variables."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
+
+
+def whole(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
+    """An argparse type: a whole number within bounds."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"{value} is not between {minimum} and {maximum}")
+        return value
+
+    parse.__name__ = "whole number"
+    return parse
+
+
+def alias(text: str) -> tuple[str, str]:
+    """An argparse type: NAME=MODEL."""
+    name, separator, model = text.partition("=")
+    if not (separator and name.strip() and model.strip()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=MODEL")
+    return name.strip(), model.strip()
+
+
+def expanded_path(text: str) -> Path:
+    """An argparse type: a path with ~ expanded, made absolute."""
+    return Path(text).expanduser().absolute()
+
+
+def parser(prog: str, description: str, table: str) -> configargparse.ArgumentParser:
+    """An argument parser that also reads the environment and one table of the TOML file."""
+    built = configargparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        default_config_files=[DEFAULT_CONFIG_FILE],
+        config_file_parser_class=configargparse.TomlConfigParser([table]),
+        add_env_var_help=False,
+        add_config_file_help=False,
+        allow_abbrev=False,
+    )
+    built.add_argument("--config", is_config_file_arg=True, metavar="FILE", help="TOML file with settings")
+    return built
+
+
+def add_arguments(target: configargparse.ArgumentParser) -> None:
+    """Declare the core's options on a parser made by parser()."""
+    defaults = Settings()
+    add = target.add_argument
+    add("--host", env_var="OSAURUS_HOST", default=defaults.host, help="address to bind (default %(default)s)")
+    add("--grpc-port", env_var="OSAURUS_GRPC_PORT", type=whole(0, 65535), default=defaults.grpc_port,
+        metavar="PORT", help="gRPC port (default %(default)s)")  # fmt: skip
+    add("--models-dir", env_var="OSU_MODELS_DIR", type=expanded_path, default=defaults.models_dir,
+        metavar="DIR", help="where models live (default ~/MLXModels)")  # fmt: skip
+    add("--no-hub-cache", env_var="OSAURUS_NO_HUB_CACHE", action="store_true",
+        help="do not list models of the Hugging Face cache")  # fmt: skip
+    add("--default-model", env_var="OSAURUS_DEFAULT_MODEL", default="", metavar="NAME",
+        help="what an empty model name means")  # fmt: skip
+    add("--fallback-model", env_var="OSAURUS_FALLBACK_MODEL", default="", metavar="NAME",
+        help="what an unknown model name means (default: an error)")  # fmt: skip
+    add("--alias", env_var="OSAURUS_ALIAS", type=alias, action="append", default=[], metavar="NAME=MODEL",
+        help="another name for a model; may be repeated")  # fmt: skip
+    add("--preload-model", env_var="OSAURUS_PRELOAD_MODEL", default="", metavar="NAME",
+        help="load this model before serving")  # fmt: skip
+    add("--max-concurrent-requests", env_var="OSAURUS_MAX_CONCURRENT_REQUESTS", type=whole(0), metavar="N",
+        default=defaults.max_concurrent_requests,
+        help="requests a model takes at once, 0 for no limit (default %(default)s)")  # fmt: skip
+    add("--requests-per-minute", env_var="OSAURUS_REQUESTS_PER_MINUTE", type=whole(0), metavar="N",
+        default=defaults.requests_per_minute,
+        help="requests a model takes a minute, 0 for no limit (default %(default)s)")  # fmt: skip
+    add("--max-batch-size", env_var="OSAURUS_MAX_BATCH_SIZE", type=whole(1, 1024), metavar="N",
+        default=defaults.max_batch_size, help="sequences decoded together (default %(default)s)")  # fmt: skip
+    add("--max-waiting-requests", env_var="OSAURUS_MAX_WAITING_REQUESTS", type=whole(0), metavar="N",
+        default=defaults.max_waiting_requests,
+        help="sequences that may wait for a place (default %(default)s)")  # fmt: skip
+    add("--max-output-tokens", env_var="OSAURUS_MAX_OUTPUT_TOKENS", type=whole(0), metavar="N",
+        default=defaults.max_output_tokens, help="cap of every answer's length, 0 for none")  # fmt: skip
+    add("--prefill-chunk-tokens", env_var="OSAURUS_PREFILL_CHUNK_TOKENS", type=whole(1, 65536), metavar="N",
+        default=defaults.prefill_chunk_tokens,
+        help="prompt tokens processed between two decode steps (default %(default)s)")  # fmt: skip
+    add("--max-loaded-models", env_var="OSAURUS_MAX_LOADED_MODELS", type=whole(1, 1024), metavar="N",
+        default=defaults.max_loaded_models, help="models in memory (default %(default)s)")  # fmt: skip
+    add("--keep-alive-seconds", env_var="OSAURUS_KEEP_ALIVE_SECONDS", type=float, metavar="S",
+        default=defaults.keep_alive_seconds,
+        help="unload a model unused for so long, negative for never (default never)")  # fmt: skip
+    add("--dtype", env_var="OSAURUS_DTYPE", default=defaults.dtype,
+        choices=("auto", "native", "float32", "float16", "bfloat16"),
+        help="what weights are held in (default %(default)s)")  # fmt: skip
+    add("--blas-threads", env_var="OSAURUS_BLAS_THREADS", type=whole(0, 1024), metavar="N",
+        default=defaults.blas_threads, help="threads of the CPU's BLAS, 0 chooses")  # fmt: skip
+    add("--api-key", env_var="OSAURUS_API_KEY", action="append", default=[], metavar="KEY",
+        help="bearer key that callers must show; may be repeated; better given as OSAURUS_API_KEY, "
+        "which other users of the machine cannot see")  # fmt: skip
+    add("--insecure-expose", env_var="OSAURUS_INSECURE_EXPOSE", action="store_true",
+        help="allow another address than loopback without a key")  # fmt: skip
+    add("--drain-seconds", env_var="OSAURUS_DRAIN_SECONDS", type=float, metavar="S",
+        default=defaults.drain_seconds,
+        help="how long running requests may go on after SIGTERM (default %(default)s)")  # fmt: skip
+    add("--share-models-dir", env_var="OSAURUS_SHARE_MODELS_DIR", action="store_true",
+        help="start although another server uses the models directory")  # fmt: skip
+    add("--log-level", env_var="OSAURUS_LOG_LEVEL", default=defaults.log_level,
+        choices=("debug", "info", "warning", "error"), help="(default %(default)s)")  # fmt: skip
+
+
+def from_namespace(values: argparse.Namespace) -> Settings:
+    """Settings from what a parser with add_arguments() parsed."""
+    return Settings(
+        host=values.host,
+        grpc_port=values.grpc_port,
+        models_dir=values.models_dir,
+        hub_cache_dir=None if values.no_hub_cache else default_hub_cache_dir(),
+        default_model=values.default_model,
+        fallback_model=values.fallback_model,
+        aliases=tuple(values.alias),
+        preload_model=values.preload_model,
+        max_concurrent_requests=values.max_concurrent_requests,
+        requests_per_minute=values.requests_per_minute,
+        max_batch_size=values.max_batch_size,
+        max_waiting_requests=values.max_waiting_requests,
+        max_output_tokens=values.max_output_tokens,
+        prefill_chunk_tokens=values.prefill_chunk_tokens,
+        max_loaded_models=values.max_loaded_models,
+        keep_alive_seconds=values.keep_alive_seconds,
+        dtype=values.dtype,
+        blas_threads=values.blas_threads,
+        api_keys=tuple(values.api_key),
+        insecure_expose=values.insecure_expose,
+        drain_seconds=values.drain_seconds,
+        reject_shared_models_dir=not values.share_models_dir,
+        log_level=values.log_level,
+    )
+
+
+def read(arguments: Sequence[str] | None = None) -> Settings:
+    """Settings from a command line (None: this process's), the environment and the TOML file.
+
+    Raises SystemExit with usage on a wrong flag.
+    """
+    built = parser("osaurus-core", "The gRPC core of Osaurus.", "core")
+    add_arguments(built)
+    return from_namespace(built.parse_args(arguments))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to bind is reachable from this machine only."""
+    return host in {"localhost", "::1"} or host.startswith("127.")
+
+
+def default_runtime_dir() -> Path:
+    """Where running servers leave word of themselves, for status, stop and clients."""
+    return Path(os.environ.get("OSAURUS_RUNTIME_DIR", "~/.osaurus/runtime")).expanduser()

@@ -1,0 +1,1 @@
+"""HTTP front of the Osaurus core: OpenAI's and Ollama's APIs, mapped onto gRPC."""
