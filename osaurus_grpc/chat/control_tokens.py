@@ -1,0 +1,95 @@
+"""Keeps the text of a conversation from being read as control tokens.
+
+A chat template writes control tokens such as `<|im_end|>` as text, and tokenizing the rendered text
+turns them into single tokens, wherever they came from. A web page pasted into a message could thus
+end the user's turn and begin a system turn of its own. Most local servers let it. Here, a special
+token's name inside a message is cut after its first character with a private-use character before
+the template renders it, and the rendered text is tokenized in the pieces between the cuts, so the
+model reads the name spelled out. Conversations without such names, nearly all, take no other path
+than before.
+
+Only tokens that the tokenizer marks special are treated so. Others (`<think>`, `<tool_call>` in many
+vocabularies) are part of what templates look for in messages, and give no turn away.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from osaurus_grpc.chat.types import JSON
+
+if TYPE_CHECKING:  # transformers takes a second to import, and callers bring the object
+    from transformers import PreTrainedTokenizerBase
+
+_PRIVATE_USE = range(0xF0000, 0xFFFFE)
+_NOTHING = re.compile("(?!)")
+
+
+class Shield:
+    """Cuts special tokens' names in one conversation's texts.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        texts: All texts that will be passed through `cut`, to choose a mark that none contains.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:
+        self._tokenizer = tokenizer
+        self._names = _special_names(tokenizer)
+        self._mark = ""
+        if any(map(self._names.search, texts)):
+            used = set().union(*texts)
+            self._mark = next(char for char in map(chr, _PRIVATE_USE) if char not in used)
+
+    def cut(self, value: JSON) -> JSON:
+        """Returns the value with every special token's name in its strings and keys cut."""
+        if not self._mark:
+            return value
+        if isinstance(value, str):
+            return self._names.sub(rf"\g<0>{self._mark}", value)
+        if isinstance(value, dict):
+            return {str(self.cut(key)): self.cut(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.cut(item) for item in value]
+        return value
+
+    def encode(self, rendered: str) -> list[int]:
+        """Tokenizes a rendered conversation, whose template writes the beginning-of-sequence token."""
+        first, *rest = rendered.split(self._mark) if self._mark else [rendered]
+        token_ids = self._encode(first)
+        for piece in rest:
+            token_ids += self._encode_inner(piece)
+        return token_ids
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _encode_inner(self, piece: str) -> list[int]:
+        """Encodes behind a newline and takes it away: SentencePiece puts a space at a text's start."""
+        newline = self._encode("\n")
+        token_ids = self._encode("\n" + piece)
+        if token_ids[: len(newline)] == newline:
+            return token_ids[len(newline) :]
+        return self._encode(piece)
+
+
+_names: WeakKeyDictionary[PreTrainedTokenizerBase, re.Pattern[str]] = WeakKeyDictionary()
+
+
+def _special_names(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches the first character of every special token's name, overlapping ones included.
+
+    A name of one character cannot be cut and is left alone.
+    """
+    pattern = _names.get(tokenizer)
+    if pattern is None:
+        rests: defaultdict[str, list[str]] = defaultdict(list)
+        for token in tokenizer.added_tokens_decoder.values():
+            if token.special and len(token.content) > 1:
+                rests[token.content[0]].append(re.escape(token.content[1:]))
+        branches = [f"{re.escape(first)}(?={'|'.join(names)})" for first, names in rests.items()]
+        pattern = _names[tokenizer] = re.compile("|".join(branches)) if branches else _NOTHING
+    return pattern
