@@ -27,6 +27,22 @@ from pathlib import Path
 
 import psutil
 
+__all__ = [
+    "Blas",
+    "Device",
+    "PlatformReport",
+    "WeightPlan",
+    "default_blas_threads",
+    "describe",
+    "device",
+    "measure_gemm",
+    "memory_bytes",
+    "mx",
+    "physical_cores",
+    "plan_weights",
+    "set_blas_threads",
+]
+
 logger = logging.getLogger(__name__)
 
 _SLOW_BLAS = (

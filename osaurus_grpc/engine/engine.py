@@ -1,0 +1,307 @@
+"""The engine as the event loop sees it: submit a request, iterate over its events, stop when you like."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from osaurus_grpc.engine.runner import Delivery
+from osaurus_grpc.engine.sequence import Sequence
+from osaurus_grpc.engine.types import (
+    EngineEvent,
+    GenerationFinished,
+    GenerationRequest,
+    PrefillStarted,
+    TokensGenerated,
+)
+from osaurus_grpc.engine.worker import Worker
+from osaurus_grpc.errors import (
+    DrainingError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    OsaurusError,
+    OverloadedError,
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_STOP_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What the engine is doing now, and did since it started.
+
+    Attributes:
+        running: Sequences in a batch.
+        waiting: Sequences that wait for a place in one.
+        prompt_tokens: Prompt tokens of admitted sequences.
+        completion_tokens: Tokens generated.
+    """
+
+    running: int
+    waiting: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(slots=True)
+class _Attached:
+    """A model in service, as the event loop knows it."""
+
+    vocab_size: int
+    running: int = 0
+
+
+class _Inbox:
+    """Events of one sequence on their way from the MLX thread to its reader."""
+
+    def __init__(self) -> None:
+        self._events: list[EngineEvent | OsaurusError] = []
+        self._arrived = asyncio.Event()
+
+    def put(self, event: EngineEvent | OsaurusError) -> None:
+        self._events.append(event)
+        self._arrived.set()
+
+    async def take(self) -> list[EngineEvent | OsaurusError]:
+        """Everything that arrived since the last call; waits for at least one event."""
+        # The wait is bounded by the caller: its RPC has a deadline and cancels this task.
+        await self._arrived.wait()
+        self._arrived.clear()
+        events, self._events = self._events, []
+        return events
+
+
+class Engine:
+    """Continuous batching over loaded models, on one MLX thread.
+
+    All methods run on the event loop that called start().
+
+    Args:
+        max_batch_size: Sequences of a model decoded together.
+        max_waiting_requests: Sequences that may wait for a place, over all models.
+        prefill_chunk_tokens: Prompt tokens processed between two decode steps at most.
+    """
+
+    def __init__(self, *, max_batch_size: int, max_waiting_requests: int, prefill_chunk_tokens: int) -> None:
+        self._max_batch_size = max_batch_size
+        self._max_waiting = max_waiting_requests
+        self._worker = Worker(
+            self._deliver, max_batch_size=max_batch_size, prefill_chunk_tokens=prefill_chunk_tokens
+        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._inboxes: dict[Sequence, _Inbox] = {}
+        self._models: dict[str, _Attached] = {}
+        self._waiting = 0
+        self._prompt_tokens = 0
+        self._completion_tokens = 0
+        self._is_stopping = False
+
+    async def start(self) -> None:
+        """Start the MLX thread and wait for its self-test.
+
+        Raises RuntimeError where mlx-lm does not behave as the engine expects.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._worker.start()
+        ready = asyncio.ensure_future(self.call(lambda: None))
+        while not ready.done():
+            await asyncio.wait([ready], timeout=0.5)
+            if not ready.done() and not self._worker.is_alive:
+                ready.cancel()
+                raise RuntimeError("the MLX thread ended in its self-test; the log has the reason")
+
+    async def stop(self) -> None:
+        """End all sequences with DrainingError and stop the MLX thread, models freed."""
+        self._is_stopping = True
+        for inbox in self._inboxes.values():
+            inbox.put(DrainingError())
+        if not await asyncio.to_thread(self._worker.stop, _STOP_SECONDS):
+            logger.error("event=mlx_thread_stuck")
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """Run a function on the MLX thread between two steps; what it returns or raises comes back."""
+        assert self._loop is not None
+        loop, result = self._loop, self._loop.create_future()
+
+        def settle(value: T | None, error: BaseException | None) -> None:
+            if result.cancelled():
+                return
+            if error is not None:
+                result.set_exception(error)
+            else:
+                result.set_result(value)
+
+        def run() -> None:
+            value, error = None, None
+            try:
+                value = function()
+            except BaseException as raised:  # noqa: BLE001  (handed to the caller, whatever it is)
+                error = raised
+            with contextlib.suppress(RuntimeError):  # the loop may be closed at exit
+                loop.call_soon_threadsafe(settle, value, error)
+
+        self._worker.post(run)
+        answer: T = await result
+        return answer
+
+    async def attach(
+        self, model_id: str, model: object, end_tokens: tuple[int, ...], vocab_size: int
+    ) -> None:
+        """Take a loaded mlx-lm model into service.
+
+        Args:
+            model_id: What requests call it.
+            model: The model, built and evaluated on the MLX thread.
+            end_tokens: Ids that end an answer.
+            vocab_size: Width of its logits.
+        """
+        await self.call(lambda: self._worker.attach(model_id, model, end_tokens, vocab_size))
+        self._models[model_id] = _Attached(vocab_size)
+
+    async def detach(self, model_id: str) -> None:
+        """Take a model out of service; sequences that still use it end with DrainingError."""
+        self._models.pop(model_id, None)
+
+        def drop() -> list[Sequence]:
+            runner = self._worker.detach(model_id)
+            return runner.close() if runner is not None else []
+
+        for sequence in await self.call(drop):
+            if inbox := self._inboxes.get(sequence):
+                inbox.put(DrainingError())
+
+    async def free(self) -> None:
+        """Return memory that dropped models took to the system."""
+        await self.call(self._worker.free)
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing now, and did since it started."""
+        return EngineStats(
+            running=len(self._inboxes) - self._waiting,
+            waiting=self._waiting,
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+        )
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
+        """Generate one sequence.
+
+        Yields PrefillStarted, PrefillProgress*, TokensGenerated*, GenerationFinished. Tokens that
+        arrived together come as one event. Closing the generator, or cancelling the task that reads
+        it, frees the sequence's place before the next step.
+
+        Raises:
+            InvalidRequestError: The request does not fit the model.
+            OverloadedError: The queue is full.
+            EngineError: The device failed on this sequence.
+            DrainingError: The engine is stopping, or the model was unloaded.
+        """
+        attached = self._check(request)
+        seed = request.sampling.seed
+        sequence = Sequence(request, secrets.randbits(62) if seed is None else seed)
+        inbox = self._inboxes[sequence] = _Inbox()
+        self._waiting += 1
+        is_waiting, is_over = True, False
+
+        def submit() -> None:
+            runner = self._worker.runner(request.model_id)
+            if runner is not None:
+                runner.submit(sequence)
+            else:  # unloaded since it was checked
+                self._deliver([(sequence, DrainingError())])
+
+        self._worker.post(submit)
+        try:
+            while not is_over:
+                for event in _coalesced(await inbox.take()):
+                    match event:
+                        case PrefillStarted():
+                            self._waiting -= 1
+                            attached.running += 1
+                            is_waiting = False
+                            self._prompt_tokens += len(request.prompt)
+                        case TokensGenerated(tokens=tokens):
+                            self._completion_tokens += len(tokens)
+                        case GenerationFinished():
+                            is_over = True
+                        case OsaurusError():
+                            is_over = True
+                            raise event
+                        case _:
+                            pass
+                    yield event
+        finally:
+            del self._inboxes[sequence]
+            if is_waiting:
+                self._waiting -= 1
+            else:
+                attached.running -= 1
+            if not is_over:
+                self._worker.post(lambda: self._cancel(sequence))
+
+    def _cancel(self, sequence: Sequence) -> None:
+        """Drop a sequence. On the MLX thread."""
+        if runner := self._worker.runner(sequence.request.model_id):
+            runner.cancel(sequence)
+
+    def _deliver(self, deliveries: list[Delivery]) -> None:
+        """Hand a step's events to their readers: one call into the loop a step. On the MLX thread."""
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop may be closed at exit
+            self._loop.call_soon_threadsafe(self._sort, deliveries)
+
+    def _sort(self, deliveries: list[Delivery]) -> None:
+        for sequence, event in deliveries:
+            if inbox := self._inboxes.get(sequence):
+                inbox.put(event)
+
+    def _check(self, request: GenerationRequest) -> _Attached:
+        """Refuse what would fail, or kill the process, inside a step."""
+        if self._is_stopping:
+            raise DrainingError
+        attached = self._models.get(request.model_id)
+        if attached is None:
+            raise ModelNotFoundError(request.model_id)
+        vocab_size = attached.vocab_size
+        if not request.prompt:
+            raise InvalidRequestError("The prompt is empty.", field="prompt")
+        if not 0 <= min(request.prompt) <= max(request.prompt) < vocab_size:
+            raise InvalidRequestError(
+                f"The prompt holds token ids outside 0 to {vocab_size - 1}.", field="prompt"
+            )
+        if request.max_tokens < 1:
+            raise InvalidRequestError("max_tokens must be at least 1.", field="sampling.max_tokens")
+        for token_id in request.sampling.logit_bias:
+            if not 0 <= token_id < vocab_size:  # MLX on a CPU would write outside its buffer
+                raise InvalidRequestError(
+                    f"logit_bias: {token_id} is not a token id of this model (0 to {vocab_size - 1}).",
+                    field="sampling.logit_bias",
+                )
+        if self._waiting >= self._max_waiting + max(0, self._max_batch_size - attached.running):
+            raise OverloadedError(
+                "Too many requests are waiting; try again shortly.", retry_after_seconds=1.0
+            )
+        return attached
+
+
+def _coalesced(events: list[EngineEvent | OsaurusError]) -> list[EngineEvent | OsaurusError]:
+    """The same events with neighbouring TokensGenerated made one."""
+    if len(events) < 2:
+        return events
+    merged: list[EngineEvent | OsaurusError] = []
+    for event in events:
+        last = merged[-1] if merged else None
+        if isinstance(event, TokensGenerated) and isinstance(last, TokensGenerated):
+            merged[-1] = TokensGenerated(last.tokens + event.tokens)
+        else:
+            merged.append(event)
+    return merged

@@ -1,0 +1,180 @@
+"""Runs the sequences of one model: admits, steps, and recovers from device errors.
+
+After an exception inside a step the batch's caches are undefined (mlx-lm advances them before it
+fails), so the batch is rebuilt and its sequences go on from their own tokens. They rejoin one at a
+time, each on trial until its next token: an error then is that sequence's doing, and one that fails
+twice is ended with an EngineError while the others go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TypeAlias
+
+from osaurus_grpc.engine.batch import Batch, BatchEvent, Decoded, Prefilled
+from osaurus_grpc.engine.sampling import RowSampler
+from osaurus_grpc.engine.scheduler import Scheduler
+from osaurus_grpc.engine.sequence import Sequence
+from osaurus_grpc.engine.types import EngineEvent, PrefillProgress, PrefillStarted
+from osaurus_grpc.errors import EngineError, OsaurusError
+
+logger = logging.getLogger(__name__)
+
+_TRIALS = 2
+
+Delivery: TypeAlias = tuple[Sequence, "EngineEvent | OsaurusError"]
+
+
+class Runner:
+    """One model's share of the MLX thread.
+
+    Args:
+        model_id: Its name in logs.
+        make_batch: Makes an empty batch of the model.
+        vocab_size: Width of the model's logits.
+        scheduler: Its queue.
+    """
+
+    def __init__(
+        self, model_id: str, make_batch: Callable[[], Batch], vocab_size: int, scheduler: Scheduler
+    ) -> None:
+        self._model_id = model_id
+        self._make_batch = make_batch
+        self._vocab_size = vocab_size
+        self._batch = make_batch()
+        self.scheduler = scheduler
+        self._suspects: deque[Sequence] = deque()
+        self._on_trial: Sequence | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is anything to step."""
+        return bool(len(self.scheduler) or self._suspects)
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        self.scheduler.waiting.append(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Drop a sequence at whatever stage it is; its row is free for the next step."""
+        if sequence.uid is not None:
+            self._batch.remove(sequence.uid)
+        elif sequence in self._suspects:
+            self._suspects.remove(sequence)
+        if self._on_trial is sequence:
+            self._on_trial = None
+        self.scheduler.ended(sequence)
+
+    def step(self) -> list[Delivery]:
+        """Admit what may join, run one step, and say what came of it."""
+        deliveries: list[Delivery] = []
+        chunk = self.scheduler.chunk_tokens()
+        try:
+            deliveries.extend(self._join())
+            started = time.monotonic()
+            events = self._batch.step(chunk)
+            now = time.monotonic()
+        except Exception:  # the device's errors have no common base class; survivors must go on
+            logger.exception(
+                "event=step_failed model=%s rows=%d", self._model_id, len(self.scheduler.running)
+            )
+            deliveries.extend(self._recover())
+            return deliveries
+        self._learn(events, now - started)
+        for event in events:
+            deliveries.extend(self._interpret(event, now))
+        return deliveries
+
+    def _join(self) -> list[Delivery]:
+        """Let sequences into the batch: suspects one by one, then the queue."""
+        if self._on_trial is not None:
+            return []
+        if self._suspects:
+            self._on_trial = self._suspects.popleft()
+            return self._start(self._on_trial)
+        return [said for sequence in self.scheduler.admit() for said in self._start(sequence)]
+
+    def _start(self, sequence: Sequence) -> list[Delivery]:
+        """Give a sequence its row."""
+        request = sequence.request
+        sampler = RowSampler(
+            request.sampling,
+            request.prompt,
+            sequence.generated,
+            top_logprobs=request.top_logprobs,
+            seed=sequence.seed,
+            vocab_size=self._vocab_size,
+        )
+        uid = self._batch.insert(
+            sequence.prefill_tokens, sequence.tokens_left, sampler, ignore_eos=request.ignore_eos
+        )
+        self.scheduler.started(sequence, uid)
+        if sequence.admitted_at:
+            return []  # it rejoins after an error
+        sequence.admitted_at = time.monotonic()
+        return [(sequence, PrefillStarted(sequence.admitted_at - sequence.submitted_at))]
+
+    def _learn(self, events: list[BatchEvent], seconds: float) -> None:
+        prefilled = sum(self._advance(event) for event in events if isinstance(event, Prefilled))
+        decoding = sum(isinstance(event, Decoded) for event in events)
+        self.scheduler.clock.observe(seconds, decoding=decoding, prefilled=prefilled)
+
+    def _advance(self, event: Prefilled) -> int:
+        """Note how far a prompt is; returns the tokens it advanced by."""
+        sequence = self.scheduler.running.get(event.uid)
+        if sequence is None:
+            return 0
+        advanced = event.processed - sequence.prefilled
+        sequence.prefilled = event.processed
+        return advanced
+
+    def _interpret(self, event: BatchEvent, now: float) -> list[Delivery]:
+        """What one event of the batch means for its sequence."""
+        sequence = self.scheduler.running.get(event.uid)
+        if sequence is None:
+            return []
+        match event:
+            case Prefilled(processed=processed, total=total):
+                sequence.is_decoding = processed >= total
+                if sequence.generated:
+                    return []  # the prompt was reported before an error
+                return [(sequence, PrefillProgress(processed, total))]
+            case Decoded(token=token, end=end):
+                if self._on_trial is sequence:
+                    self._on_trial = None
+                    sequence.strikes = 0
+                if end is not None:
+                    self.scheduler.ended(sequence)
+                return [(sequence, said) for said in sequence.record(token, end, now)]
+
+    def _recover(self) -> list[Delivery]:
+        """Rebuild the batch; all its sequences become suspects."""
+        deliveries: list[Delivery] = []
+        culprit, self._on_trial = self._on_trial, None
+        if culprit is not None:
+            culprit.strikes += 1
+            if culprit.strikes >= _TRIALS:
+                self.scheduler.ended(culprit)
+                deliveries.append((culprit, EngineError()))
+        survivors = self.scheduler.restart()
+        if culprit is None and len(survivors) == 1:
+            survivors[0].strikes += 1  # alone, it is its own trial
+        if culprit in survivors:
+            # It goes last, so that its second failure costs the others nothing.
+            survivors.remove(culprit)
+            survivors.append(culprit)
+        self._suspects.extendleft(reversed(survivors))
+        self._batch = self._make_batch()
+        return deliveries
+
+    def close(self) -> list[Sequence]:
+        """Give everything up; returns the sequences that were live."""
+        live = [*self.scheduler.sequences(), *self._suspects]
+        self.scheduler.running.clear()
+        self.scheduler.waiting.clear()
+        self._suspects.clear()
+        self._batch.close()
+        return live

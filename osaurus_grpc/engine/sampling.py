@@ -1,0 +1,325 @@
+"""From a batch of logits to one token a row, each row with settings of its own.
+
+A row's randomness comes from a counter on the host: the n-th token of a sequence uses the n-th
+number of a generator seeded with the sequence's seed, so neither the other rows nor a rebuilt batch
+change what a seeded request says. A token is drawn by inverting the cumulative distribution at that
+number, over the vocabulary or over the candidates that top_k, top_p and min_p leave.
+
+Rows of one kind are computed together: greedy rows by one argmax, plain rows by one cumulative sum,
+rows that truncate the distribution by one sort.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from osaurus_grpc.engine.types import SamplingParams
+from osaurus_grpc.models.platform import mx
+
+# The largest float32 below 1: a draw that rounds to 1 would pass no cumulative sum.
+_LARGEST_DRAW = 1.0 - 2.0**-24
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobRow:
+    """Log-probabilities of one step of one row.
+
+    Attributes:
+        chosen: float32, shape (): of the sampled token.
+        top_ids: int32, shape (k,): the most probable tokens, in descending order.
+        top: float32, shape (k,): their log-probabilities.
+    """
+
+    chosen: mx.array
+    top_ids: mx.array
+    top: mx.array
+
+    def arrays(self) -> list[mx.array]:
+        """What must be evaluated before the row is read."""
+        return [self.chosen, self.top_ids, self.top]
+
+
+class Penalties:
+    """Penalties and bias of one row; keeps the tokens it looks back at on the device.
+
+    Args:
+        params: The row's settings.
+        context: Tokens of the prompt and, after a rebuild, those generated, without the one that is
+            fed next.
+        generated: How many tokens at the end of context were generated.
+        next_is_generated: Whether the token fed next was generated (after a rebuild) or ends the
+            prompt.
+        vocab_size: Width of the logits.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        context: Sequence[int],
+        *,
+        generated: int,
+        next_is_generated: bool,
+        vocab_size: int,
+    ) -> None:
+        self._params = params
+        self._counts_next = next_is_generated
+        self._window: mx.array | None = None
+        if params.repetition_penalty != 1.0 and params.repetition_context != 0:
+            keep = len(context) if params.repetition_context < 0 else params.repetition_context
+            self._window = mx.array(list(context[-keep:] if keep else ()), dtype=mx.int32)
+        self._counts: mx.array | None = None
+        if params.presence_penalty or params.frequency_penalty:
+            self._counts = mx.zeros((vocab_size,), dtype=mx.float32)
+            if generated:
+                self._counts = self._counts.at[mx.array(list(context[-generated:]))].add(1.0)
+        self._bias: tuple[mx.array, mx.array] | None = None
+        if params.logit_bias:
+            ids, values = zip(*params.logit_bias.items(), strict=True)
+            self._bias = (mx.array(ids, dtype=mx.int32), mx.array(values, dtype=mx.float32))
+
+    def apply(self, fed: mx.array, logits: mx.array) -> mx.array:
+        """Note the token that was fed and penalise the logits it gave.
+
+        Args:
+            fed: int32, shape (1,).
+            logits: float32, shape (vocab_size,).
+
+        Returns:
+            float32, shape (vocab_size,).
+        """
+        if self._window is not None:
+            keep = self._params.repetition_context
+            window = mx.concatenate([self._window, fed.astype(mx.int32)])
+            self._window = window[-keep:] if keep > 0 else window
+            # Repetition penalty of the CTRL paper (arXiv:1909.05858), by the sign of the logit.
+            seen = logits[self._window]
+            penalty = self._params.repetition_penalty
+            logits = mx.put_along_axis(
+                logits, self._window, mx.where(seen < 0, seen * penalty, seen / penalty), axis=-1
+            )
+        if self._counts is not None:
+            if self._counts_next:
+                self._counts = self._counts.at[fed].add(1.0)
+            # OpenAI's definition: https://platform.openai.com/docs/api-reference/chat
+            logits = (
+                logits
+                - self._params.frequency_penalty * self._counts
+                - self._params.presence_penalty * (self._counts > 0)
+            )
+        self._counts_next = True
+        if self._bias is not None:
+            logits = logits.at[self._bias[0]].add(self._bias[1])
+        return logits
+
+    def state(self) -> list[mx.array]:
+        """Arrays that grow lazily from step to step unless they are evaluated."""
+        return [array for array in (self._window, self._counts) if array is not None]
+
+
+class RowSampler:
+    """The sampling state of one sequence.
+
+    Args:
+        params: Its settings.
+        prompt: Its prompt's token ids, at least one.
+        generated: Tokens generated before the batch was rebuilt; empty at first.
+        top_logprobs: As GenerationRequest.top_logprobs.
+        seed: The resolved seed.
+        vocab_size: Width of the logits.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        generated: Sequence[int],
+        *,
+        top_logprobs: int | None,
+        seed: int,
+        vocab_size: int,
+    ) -> None:
+        self.params = params
+        self.top_logprobs = None if top_logprobs is None else min(top_logprobs, vocab_size)
+        self.is_greedy = params.temperature == 0 or params.top_k == 1
+        self.truncates = not self.is_greedy and (
+            0 < params.top_k < vocab_size or params.top_p < 1.0 or params.min_p > 0.0
+        )
+        self.penalties: Penalties | None = None
+        if (
+            params.logit_bias
+            or params.presence_penalty
+            or params.frequency_penalty
+            or params.repetition_penalty != 1.0
+        ):
+            self.penalties = Penalties(
+                params,
+                [*prompt, *generated][:-1],
+                generated=max(0, len(generated) - 1),
+                next_is_generated=bool(generated),
+                vocab_size=vocab_size,
+            )
+        self._random = random.Random(seed)  # noqa: S311  (reproducible sampling, not secrets)
+        for _ in generated:
+            self._random.random()
+
+    def draw(self) -> float:
+        """The number in [0, 1) at which this step's cumulative distribution is inverted."""
+        return min(self._random.random(), _LARGEST_DRAW)
+
+
+@dataclass(frozen=True, slots=True)
+class _Truncation:
+    """Settings of the rows that truncate, as columns of shape (rows, 1)."""
+
+    inverse_temperature: mx.array
+    top_p: mx.array
+    top_k: mx.array
+    log_min_p: mx.array
+
+
+class BatchSampler:
+    """Samples a batch whose rows are RowSamplers; keeps what depends only on which rows there are."""
+
+    def __init__(self) -> None:
+        self._rows: tuple[RowSampler, ...] = ()
+        self._greedy: list[int] = []
+        self._plain: list[int] = []
+        self._truncating: list[int] = []
+        self._inverse_temperature = mx.array([])
+        self._truncation: _Truncation | None = None
+        self._order: mx.array | None = None
+
+    def sample(
+        self, rows: Sequence[RowSampler], fed: mx.array, logits: mx.array
+    ) -> tuple[mx.array, list[LogprobRow | None]]:
+        """Choose one token a row. Lazy: nothing is evaluated.
+
+        Args:
+            rows: One a row of the batch.
+            fed: Token ids that gave these logits, shape (rows,).
+            logits: Of the model's dtype, shape (rows, vocab_size).
+
+        Returns:
+            Token ids, uint32, shape (rows,), and the log-probabilities of the rows that asked.
+        """
+        self._plan(rows)
+        logits = logits.astype(mx.float32)
+        if any(row.penalties is not None for row in rows):
+            logits = mx.stack(
+                [
+                    logits[i] if row.penalties is None else row.penalties.apply(fed[i : i + 1], logits[i])
+                    for i, row in enumerate(rows)
+                ]
+            )
+        tokens = self._choose(rows, logits)
+        details: list[LogprobRow | None] = [
+            None if row.top_logprobs is None else _logprobs(logits[i], tokens[i], row.top_logprobs)
+            for i, row in enumerate(rows)
+        ]
+        return tokens, details
+
+    def _plan(self, rows: Sequence[RowSampler]) -> None:
+        """Sort the rows by kind, where they are not those of the last step."""
+        if len(rows) == len(self._rows) and all(a is b for a, b in zip(rows, self._rows, strict=True)):
+            return
+        self._rows = tuple(rows)
+        self._greedy = [i for i, row in enumerate(rows) if row.is_greedy]
+        self._truncating = [i for i, row in enumerate(rows) if row.truncates]
+        self._plain = [i for i, row in enumerate(rows) if not row.is_greedy and not row.truncates]
+        self._inverse_temperature = _column([1.0 / rows[i].params.temperature for i in self._plain])
+        self._truncation = None
+        if self._truncating:
+            params = [rows[i].params for i in self._truncating]
+            everything = 2**30
+            self._truncation = _Truncation(
+                inverse_temperature=_column([1.0 / p.temperature for p in params]),
+                top_p=_column([p.top_p for p in params]),
+                top_k=_column([float(p.top_k or everything) for p in params]),
+                log_min_p=mx.log(_column([p.min_p for p in params])),
+            )
+        order = [*self._greedy, *self._plain, *self._truncating]
+        is_sorted = order == sorted(order)
+        # Position of every row in the concatenation of the three kinds.
+        self._order = None if is_sorted else mx.argsort(mx.array(order))
+
+    def _choose(self, rows: Sequence[RowSampler], logits: mx.array) -> mx.array:
+        """Token ids of all rows, shape (rows,)."""
+        parts: list[mx.array] = []
+        if self._greedy:
+            parts.append(mx.argmax(_take(logits, self._greedy), axis=-1))
+        if self._plain:
+            draws = _column([rows[i].draw() for i in self._plain])
+            parts.append(_sample_plain(_take(logits, self._plain), self._inverse_temperature, draws))
+        if self._truncation is not None:
+            draws = _column([rows[i].draw() for i in self._truncating])
+            parts.append(_sample_truncated(_take(logits, self._truncating), self._truncation, draws))
+        tokens = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        return tokens if self._order is None else tokens[self._order]
+
+
+def _column(values: Sequence[float]) -> mx.array:
+    """float32, shape (len(values), 1)."""
+    return mx.array(list(values), dtype=mx.float32).reshape(-1, 1)
+
+
+def _take(logits: mx.array, indices: list[int]) -> mx.array:
+    """The rows at indices, without a copy where that is all of them."""
+    return logits if len(indices) == logits.shape[0] else logits[mx.array(indices)]
+
+
+def _invert(weights: mx.array, draws: mx.array) -> mx.array:
+    """Index at which the cumulative sum of unnormalised weights passes a share of its total.
+
+    Args:
+        weights: Not negative, shape (rows, n).
+        draws: In [0, 1), shape (rows, 1).
+
+    Returns:
+        uint32, shape (rows,). An index of weight 0 is never chosen: the first sum that exceeds the
+        share belongs to a positive weight, and draws are below 1.
+    """
+    cumulative = mx.cumsum(weights, axis=-1)
+    return mx.argmax(cumulative > draws * cumulative[:, -1:], axis=-1)
+
+
+def _sample_plain(logits: mx.array, inverse_temperature: mx.array, draws: mx.array) -> mx.array:
+    """Draw from the whole distribution. Shapes (rows, vocab_size), (rows, 1), (rows, 1)."""
+    scaled = (logits - mx.max(logits, axis=-1, keepdims=True)) * inverse_temperature
+    return _invert(mx.exp(scaled), draws)
+
+
+def _sample_truncated(logits: mx.array, truncation: _Truncation, draws: mx.array) -> mx.array:
+    """Draw from what top_k, top_p and min_p leave of the distribution at its temperature.
+
+    top_p and min_p look at the probabilities before temperature, as mlx-lm's samplers do; each row
+    keeps its most probable token whatever the settings.
+    """
+    order = mx.argsort(-logits, axis=-1)
+    descending = mx.take_along_axis(logits, order, axis=-1)
+    shifted = descending - descending[:, :1]
+    probabilities = mx.exp(shifted)
+    mass_before = mx.cumsum(probabilities, axis=-1, inclusive=False)
+    total = mass_before[:, -1:] + probabilities[:, -1:]
+    rank = mx.arange(logits.shape[-1])
+    kept = (
+        (rank < truncation.top_k)
+        & (mass_before < truncation.top_p * total)
+        & (shifted >= truncation.log_min_p)
+    ) | (rank == 0)
+    weights = mx.where(kept, mx.exp(shifted * truncation.inverse_temperature), 0.0)
+    chosen = _invert(weights, draws)
+    return mx.take_along_axis(order, chosen[:, None], axis=-1)[:, 0]
+
+
+def _logprobs(logits: mx.array, token: mx.array, count: int) -> LogprobRow:
+    """Log-probabilities of the chosen and the count most probable tokens of one row, shape (V,)."""
+    normalised = logits - mx.logsumexp(logits)
+    if count == 0:
+        empty = mx.zeros((0,))
+        return LogprobRow(normalised[token], empty.astype(mx.int32), empty)
+    candidates = mx.argpartition(-normalised, kth=count - 1)[:count]
+    values = normalised[candidates]
+    order = mx.argsort(-values)
+    return LogprobRow(normalised[token], candidates[order].astype(mx.int32), values[order])

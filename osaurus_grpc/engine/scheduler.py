@@ -1,0 +1,144 @@
+"""Which sequences of one model run, and how much prompt a step may process. Holds no tensors.
+
+Sequences join and leave between decode steps. Prompts are processed in chunks between the decode
+steps of running sequences; a chunk's size is chosen from what steps were seen to take, so that
+running streams pause for a bounded number of decode steps only. One long prompt is processed at a
+time, in order of arrival; a prompt that fits into one chunk does not queue behind it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from osaurus_grpc.engine.sequence import Sequence
+
+# A chunk may take as long as this many decode steps while others decode.
+_PAUSE_DECODE_STEPS = 4.0
+# A chunk may take this long while nobody decodes: what a cancellation waits for at most.
+_IDLE_CHUNK_SECONDS = 0.5
+_SMALLEST_CHUNK = 32
+_FIRST_CHUNK = 128
+# Weight of the newest measurement.
+_SMOOTHING = 0.3
+
+
+class StepClock:
+    """What a step costs, learned from the steps that were run."""
+
+    def __init__(self) -> None:
+        self.decode_seconds = 0.0
+        self.prefill_seconds_per_token = 0.0
+
+    def observe(self, seconds: float, *, decoding: int, prefilled: int) -> None:
+        """Learn from a step that decoded so many rows and prefilled so many tokens."""
+        if prefilled == 0:
+            if decoding:
+                self.decode_seconds = self._blend(self.decode_seconds, seconds)
+        elif not decoding or self.decode_seconds:
+            cost = max(0.0, seconds - (self.decode_seconds if decoding else 0.0)) / prefilled
+            self.prefill_seconds_per_token = self._blend(self.prefill_seconds_per_token, cost)
+
+    @staticmethod
+    def _blend(old: float, new: float) -> float:
+        return new if old == 0.0 else old + _SMOOTHING * (new - old)
+
+    def chunk_tokens(self, largest: int, *, decoding: int) -> int:
+        """Tokens of the next prefill chunk: a power of two between 32 and largest, or largest if less.
+
+        Powers of two keep the number of different shapes small, for kernels and allocators.
+        """
+        if not self.prefill_seconds_per_token:
+            return min(_FIRST_CHUNK, largest)
+        allowed = _IDLE_CHUNK_SECONDS
+        if decoding and self.decode_seconds:
+            allowed = _PAUSE_DECODE_STEPS * self.decode_seconds
+        chunk = _SMALLEST_CHUNK
+        while chunk * 2 <= largest and chunk * 2 * self.prefill_seconds_per_token <= allowed:
+            chunk *= 2
+        return min(chunk, largest)
+
+
+class Scheduler:
+    """The waiting and running sequences of one model.
+
+    Args:
+        max_batch_size: Rows at most.
+        prefill_chunk_tokens: A chunk's tokens at most.
+    """
+
+    def __init__(self, *, max_batch_size: int, prefill_chunk_tokens: int) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.running: dict[int, Sequence] = {}
+        self.clock = StepClock()
+        self._max_batch_size = max_batch_size
+        self._prefill_chunk_tokens = prefill_chunk_tokens
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+    def sequences(self) -> Iterator[Sequence]:
+        """All of them, the running ones first."""
+        yield from self.running.values()
+        yield from self.waiting
+
+    @property
+    def decoding(self) -> int:
+        """Running sequences whose prompt is processed."""
+        return sum(sequence.is_decoding for sequence in self.running.values())
+
+    def chunk_tokens(self) -> int:
+        """Prompt tokens the next step may process, over all prompts."""
+        return self.clock.chunk_tokens(self._prefill_chunk_tokens, decoding=self.decoding)
+
+    def admit(self) -> list[Sequence]:
+        """Take the sequences that may join now out of the queue, in order of arrival.
+
+        The caller gives each its row and calls started().
+        """
+        if not self.waiting:
+            return []
+        chunk = self.chunk_tokens()
+        prefilling = [s for s in self.running.values() if not s.is_decoding]
+        free = self._max_batch_size - len(self.running)
+        # Tokens of the prompts that share the chunk; one of them may be long.
+        has_long = any(len(s.prefill_tokens) > _SMALLEST_CHUNK for s in prefilling)
+        sharing = len(prefilling)
+        admitted: list[Sequence] = []
+        skipped: list[Sequence] = []
+        while self.waiting and free > 0:
+            sequence = self.waiting.popleft()
+            fits = len(sequence.prefill_tokens) <= max(_SMALLEST_CHUNK, chunk // (sharing + 1))
+            if not fits and has_long:
+                skipped.append(sequence)
+                continue
+            has_long = has_long or not fits
+            admitted.append(sequence)
+            sharing += 1
+            free -= 1
+        self.waiting.extendleft(reversed(skipped))
+        return admitted
+
+    def started(self, sequence: Sequence, uid: int) -> None:
+        """A sequence has a row."""
+        sequence.uid = uid
+        sequence.prefilled = 0
+        sequence.is_decoding = False
+        self.running[uid] = sequence
+
+    def ended(self, sequence: Sequence) -> None:
+        """A sequence finished, failed or was cancelled, wherever it was."""
+        if sequence.uid is not None:
+            self.running.pop(sequence.uid, None)
+            sequence.uid = None
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def restart(self) -> list[Sequence]:
+        """Take all running sequences out, in order: their rows are gone."""
+        sequences = list(self.running.values())
+        self.running.clear()
+        for sequence in sequences:
+            sequence.uid = None
+            sequence.is_decoding = False
+        return sequences

@@ -1,0 +1,79 @@
+"""One request's state on its way through the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from osaurus_grpc.engine.types import (
+    EngineEvent,
+    GenerationFinished,
+    GenerationRequest,
+    StopCause,
+    Token,
+    TokensGenerated,
+)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request with what was generated for it. Owned by the MLX thread once submitted.
+
+    Attributes:
+        request: What was asked.
+        seed: The resolved seed.
+        generated: Token ids so far; the truth after an error, when the batch's own lists are not.
+        uid: Its row in the batch; None while it waits.
+        prefilled: Prompt tokens processed since it has that row.
+        is_decoding: Its prompt is processed.
+        strikes: Device errors that happened while this sequence was on trial.
+    """
+
+    request: GenerationRequest
+    seed: int
+    submitted_at: float = field(default_factory=time.monotonic)
+    admitted_at: float = 0.0
+    first_token_at: float = 0.0
+    last_token_at: float = 0.0
+    generated: list[int] = field(default_factory=list)
+    uid: int | None = None
+    prefilled: int = 0
+    is_decoding: bool = False
+    strikes: int = 0
+
+    @property
+    def prefill_tokens(self) -> SequenceOf[int]:
+        """What must be in the KV cache before the next token: the prompt and, after an error, the answer."""
+        return [*self.request.prompt, *self.generated] if self.generated else self.request.prompt
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens it may still generate."""
+        return self.request.max_tokens - len(self.generated)
+
+    def record(self, token: Token | None, end: str | None, now: float) -> list[EngineEvent]:
+        """Note what a step gave this sequence and say it as events.
+
+        Args:
+            token: The new token, or None where the model ended the answer.
+            end: None, "stop" or "length".
+            now: The step's time, monotonic seconds.
+        """
+        events: list[EngineEvent] = []
+        if not self.first_token_at:
+            self.first_token_at = now
+        self.last_token_at = now
+        if token is not None:
+            self.generated.append(token.token_id)
+            events.append(TokensGenerated((token,)))
+        if end is not None:
+            events.append(
+                GenerationFinished(
+                    cause=StopCause.END_OF_SEQUENCE if end == "stop" else StopCause.MAX_TOKENS,
+                    completion_tokens=len(self.generated),
+                    prompt_seconds=self.first_token_at - self.admitted_at,
+                    decode_seconds=now - self.first_token_at,
+                )
+            )
+        return events

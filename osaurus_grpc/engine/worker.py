@@ -1,0 +1,123 @@
+"""The one MLX thread: loads, steps, evaluates and frees, for all models.
+
+MLX arrays that are not evaluated belong to the thread that built them, and its streams and random
+state are a thread's own; so everything happens here, and only plain values leave. Others post
+functions, which run between steps.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import TypeAlias
+
+from osaurus_grpc.engine.batch import Batch, self_test
+from osaurus_grpc.engine.runner import Delivery, Runner
+from osaurus_grpc.engine.scheduler import Scheduler
+from osaurus_grpc.models.platform import mx
+
+logger = logging.getLogger(__name__)
+
+Deliver: TypeAlias = Callable[[list[Delivery]], None]
+
+
+class Worker:
+    """A thread that owns MLX and the runners of all loaded models.
+
+    Args:
+        deliver: Called on the thread with what a step gave; must return at once and not raise.
+        max_batch_size: Rows of a model's batch at most.
+        prefill_chunk_tokens: Prompt tokens between two decode steps at most.
+    """
+
+    def __init__(self, deliver: Deliver, *, max_batch_size: int, prefill_chunk_tokens: int) -> None:
+        self._deliver = deliver
+        self._max_batch_size = max_batch_size
+        self._prefill_chunk_tokens = prefill_chunk_tokens
+        self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._runners: dict[str, Runner] = {}
+        self._is_stopping = False
+        # A daemon: a device call that never returns must not keep the process from ending.
+        self._thread = threading.Thread(target=self._run, name="mlx", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Run a function on the thread before its next step. The function must not raise."""
+        self._posted.put(function)
+
+    def stop(self, timeout_seconds: float) -> bool:
+        """Give up all sequences, free all models, end the thread; False where it did not end in time."""
+
+        def end() -> None:
+            self._is_stopping = True
+
+        self.post(end)
+        self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
+
+    # What follows runs on the thread.
+
+    def runner(self, model_id: str) -> Runner | None:
+        """The runner of a loaded model. On the MLX thread only."""
+        return self._runners.get(model_id)
+
+    def attach(self, model_id: str, model: object, end_tokens: tuple[int, ...], vocab_size: int) -> None:
+        """Take a loaded model into service. On the MLX thread only."""
+        scheduler = Scheduler(
+            max_batch_size=self._max_batch_size, prefill_chunk_tokens=self._prefill_chunk_tokens
+        )
+        self._runners[model_id] = Runner(
+            model_id, lambda: Batch(model, end_tokens, self._max_batch_size), vocab_size, scheduler
+        )
+
+    def detach(self, model_id: str) -> Runner | None:
+        """Take a model out of service and free what can be freed. On the MLX thread only.
+
+        The caller tells the live sequences of the returned runner, by its close(), and calls free()
+        once it holds the model no more.
+        """
+        return self._runners.pop(model_id, None)
+
+    @staticmethod
+    def free() -> None:
+        """Return the memory of dropped models to the system. On the MLX thread only."""
+        gc.collect()
+        mx.clear_cache()
+
+    def _run(self) -> None:
+        try:
+            self_test()
+        except RuntimeError:
+            logger.exception("event=self_test_failed")
+            raise
+        while not self._is_stopping:
+            busy = [runner for runner in self._runners.values() if runner.is_busy]
+            self._run_posted(wait=not busy)
+            for runner in busy:
+                if deliveries := runner.step():
+                    self._deliver(deliveries)
+        for runner in self._runners.values():
+            runner.close()
+        self._runners.clear()
+        self.free()
+
+    def _run_posted(self, *, wait: bool) -> None:
+        """Run what was posted; with wait, sleep until there is something."""
+        try:
+            function = self._posted.get(block=wait)
+            while True:
+                function()
+                function = self._posted.get(block=False)
+        except queue.Empty:
+            return

@@ -1,0 +1,119 @@
+"""Engines over tiny random models, made without any download."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from osaurus_grpc.engine.engine import Engine
+from osaurus_grpc.engine.types import (
+    EngineEvent,
+    GenerationFinished,
+    GenerationRequest,
+    SamplingParams,
+    TokensGenerated,
+)
+from osaurus_grpc.models.platform import mx
+
+VOCAB = 96
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def tiny_model(kind: str = "llama") -> Any:
+    """A random model of an architecture with float32 weights; runs on the MLX thread."""
+    mx.random.seed(11)
+    match kind:
+        case "llama":
+            from mlx_lm.models import llama as family
+
+            arguments = family.ModelArgs(
+                model_type="llama", hidden_size=32, num_hidden_layers=2, intermediate_size=64,
+                num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, vocab_size=VOCAB,
+            )  # fmt: skip
+        case "gemma3":  # sliding windows: rotating caches beside plain ones
+            from mlx_lm.models import gemma3_text as family
+
+            arguments = family.ModelArgs(
+                model_type="gemma3_text", hidden_size=32, num_hidden_layers=4, intermediate_size=64,
+                num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=VOCAB,
+                sliding_window=16, sliding_window_pattern=2, query_pre_attn_scalar=8,
+            )  # fmt: skip
+        case "mamba2":  # recurrent state only
+            from mlx_lm.models import mamba2 as family
+
+            arguments = family.ModelArgs(
+                model_type="mamba2", num_heads=4, head_dim=16, vocab_size=VOCAB, hidden_size=32,
+                intermediate_size=64, state_size=16, num_hidden_layers=2, layer_norm_epsilon=1e-5,
+                conv_kernel=4, n_groups=1, use_bias=False, use_conv_bias=True,
+                tie_word_embeddings=True, time_step_limit=(0.0, 100.0), time_step_rank="auto",
+            )  # fmt: skip
+        case _:
+            raise ValueError(kind)
+    model = family.Model(arguments)
+    model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    return model
+
+
+@asynccontextmanager
+async def running_engine(
+    *,
+    kind: str = "llama",
+    wrap: Callable[[Any], Any] = lambda model: model,
+    end_tokens: tuple[int, ...] = (),
+    max_batch_size: int = 8,
+    max_waiting_requests: int = 64,
+    prefill_chunk_tokens: int = 64,
+) -> AsyncIterator[Engine]:
+    """A started engine that serves one tiny model as "tiny"."""
+    engine = Engine(
+        max_batch_size=max_batch_size,
+        max_waiting_requests=max_waiting_requests,
+        prefill_chunk_tokens=prefill_chunk_tokens,
+    )
+    await engine.start()
+    try:
+        model = await engine.call(lambda: wrap(tiny_model(kind)))
+        await engine.attach("tiny", model, end_tokens, VOCAB)
+        yield engine
+    finally:
+        await engine.stop()
+
+
+EngineFactory = Callable[..., AbstractAsyncContextManager[Engine]]
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[Engine]:
+    async with running_engine() as running:
+        yield running
+
+
+def request(
+    prompt: tuple[int, ...] = (1, 2, 3),
+    max_tokens: int = 12,
+    sampling: SamplingParams = GREEDY,
+    **more: Any,
+) -> GenerationRequest:
+    return GenerationRequest(
+        request_id="r", model_id="tiny", prompt=prompt, max_tokens=max_tokens, sampling=sampling, **more
+    )
+
+
+async def collect(engine: Engine, asked: GenerationRequest) -> list[EngineEvent]:
+    async with asyncio.timeout(60):
+        return [event async for event in engine.generate(asked)]
+
+
+def token_ids(events: list[EngineEvent]) -> list[int]:
+    return [t.token_id for event in events if isinstance(event, TokensGenerated) for t in event.tokens]
+
+
+async def answer(engine: Engine, asked: GenerationRequest) -> list[int]:
+    events = await collect(engine, asked)
+    assert isinstance(events[-1], GenerationFinished)
+    return token_ids(events)
