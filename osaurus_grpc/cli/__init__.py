@@ -1,1 +1,1 @@
-"""The osaurus command."""
+"""The command line: osaurus serve, pull, list, show, rm, ps, run, status, stop, doctor, version."""
