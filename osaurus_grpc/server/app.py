@@ -1,0 +1,283 @@
+"""The core process: build everything, bind, serve, drain.
+
+Start: bind, health NOT_SERVING, start the engine, load the model that is asked for, health SERVING.
+End: health NOT_SERVING, refuse new calls, wait for the old ones, end those that are left, close the
+port, and the models and the MLX thread last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+import sys
+from typing import Final
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from osaurus_grpc.engine.engine import Engine
+from osaurus_grpc.errors import OsaurusError
+from osaurus_grpc.models import platform
+from osaurus_grpc.models.catalog import Catalog
+from osaurus_grpc.models.residency import Residency
+from osaurus_grpc.server.admission import Admission
+from osaurus_grpc.server.calls import CallsInProgress
+from osaurus_grpc.server.generation import Generation
+from osaurus_grpc.server.health import HealthService
+from osaurus_grpc.server.inference import InferenceService
+from osaurus_grpc.server.interceptors import CallInterceptor, Keys
+from osaurus_grpc.server.listing import Listing
+from osaurus_grpc.server.models import ModelService
+from osaurus_grpc.server.reflection import add_reflection
+from osaurus_grpc.settings import Settings, is_loopback
+from osaurus_grpc.telemetry import Telemetry
+from osaurus_grpc.v1 import inference_service_pb2, model_service_pb2
+from osaurus_grpc.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
+from osaurus_grpc.v1.model_service_pb2_grpc import add_ModelServiceServicer_to_server
+
+MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
+
+_SERVICES: Final = (
+    inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+    model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+)
+# "" is the server as a whole.
+_HEALTH_NAMES: Final = ("", *_SERVICES)
+
+_OPTIONS: Final = (
+    # By default a second server binds the same port, and each gets half of the calls.
+    ("grpc.so_reuseport", 0),
+    # A long prefill is silent, and by default a client that pings meanwhile is cut off.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Images are larger than the default of 4 MiB.
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+)
+# For calls whose work is done, or was ended, to send their status.
+_GOODBYE_SECONDS: Final = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+class StartError(Exception):
+    """The core cannot start; the text is for the person who started it."""
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def require_bindable(host: str, port: int) -> None:
+    """Bind for a moment, since gRPC's own failure does not tell why.
+
+    Raises:
+        StartError: The port is taken, or the host is not of this machine.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise StartError(f"cannot listen on {_address(host, port)}: unknown host") from error
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as probe:
+            # As gRPC does: connections of a server that just ended do not keep the port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+                probe.listen(1)
+            except OSError as error:
+                raise StartError(_bind_failure(_address(host, port), error)) from error
+
+
+def _bind_failure(address: str, error: OSError) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return f"cannot listen on {address}: the port is taken; choose another with --grpc-port"
+        case errno.EADDRNOTAVAIL:
+            return f"cannot listen on {address}: no such address on this machine"
+        case errno.EACCES | errno.EPERM:
+            return f"cannot listen on {address}: not permitted"
+        case _:
+            return f"cannot listen on {address}: {error.strerror or 'the system refuses'}"
+
+
+class Core:
+    """One core: the gRPC server and everything behind it.
+
+    Args:
+        settings: What it was told.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.telemetry = Telemetry()
+        self.calls = CallsInProgress()
+        self.engine = Engine(
+            max_batch_size=settings.max_batch_size,
+            max_waiting_requests=settings.max_waiting_requests,
+            prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        )
+        self.telemetry.watch_engine(
+            lambda: float(self.engine.stats().running), lambda: float(self.engine.stats().waiting)
+        )
+        self._catalog = Catalog(
+            settings.models_dir,
+            hub_cache_dir=settings.hub_cache_dir,
+            default_model=settings.default_model,
+            aliases=dict(settings.aliases),
+            fallback_model=settings.fallback_model,
+        )
+        self.residency = Residency(
+            self.engine,
+            max_loaded_models=settings.max_loaded_models,
+            keep_alive_seconds=settings.keep_alive_seconds,
+            dtype=settings.dtype,
+        )
+        self._health = HealthService()
+        self._server = self._build_server()
+        self.port = 0
+
+    def _build_server(self) -> grpc.aio.Server:
+        settings = self._settings
+        listing = Listing(self._catalog, self.residency)
+        generation = Generation(
+            listing=listing,
+            residency=self.residency,
+            engine=self.engine,
+            admission=Admission(
+                max_concurrent_requests=settings.max_concurrent_requests,
+                requests_per_minute=settings.requests_per_minute,
+            ),
+            telemetry=self.telemetry,
+            max_output_tokens=settings.max_output_tokens,
+        )
+        interceptor = CallInterceptor(
+            keys=Keys(settings.api_keys), calls=self.calls, telemetry=self.telemetry
+        )
+        server = grpc.aio.server(interceptors=(interceptor,), options=_OPTIONS)
+        add_InferenceServiceServicer_to_server(
+            InferenceService(listing=listing, residency=self.residency, generation=generation), server
+        )
+        add_ModelServiceServicer_to_server(ModelService(listing=listing, residency=self.residency), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        add_reflection(server, (*_SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name))
+        return server
+
+    @property
+    def address(self) -> str:
+        """Where it listens, as HOST:PORT."""
+        return _address(self._settings.host, self.port)
+
+    async def bind(self) -> None:
+        """Listen, with health NOT_SERVING and calls answered as far as they need no engine.
+
+        Raises:
+            StartError: The address cannot be bound, or must not be without a key.
+        """
+        settings = self._settings
+        if not (is_loopback(settings.host) or settings.api_keys or settings.insecure_expose):
+            raise StartError(
+                f"refusing to listen on {settings.host}, which others can reach, without a key: "
+                "set OSAURUS_API_KEY, or pass --insecure-expose to do it all the same"
+            )
+        require_bindable(settings.host, settings.grpc_port)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        try:
+            self.port = self._server.add_insecure_port(_address(settings.host, settings.grpc_port))
+        except RuntimeError as error:
+            message = f"cannot listen on {_address(settings.host, settings.grpc_port)}: it was just taken"
+            raise StartError(message) from error
+        await self.engine.start()
+        await self._server.start()
+
+    async def prepare(self) -> None:
+        """Load the model that is asked for, and report that the core serves.
+
+        Raises:
+            StartError: The model is unknown or cannot be loaded.
+        """
+        name = self._settings.preload_model
+        if name:
+            try:
+                entry = await asyncio.to_thread(self._catalog.find, name)
+                await self.residency.load(entry)
+            except OsaurusError as error:
+                raise StartError(f"cannot load the model {name}: {error.message}") from error
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
+        for name in _HEALTH_NAMES:
+            await self._health.set(name, status)
+
+    async def drain(self, seconds: float) -> None:
+        """Report NOT_SERVING, refuse new calls, and give the old ones so long to end.
+
+        The port stays open meanwhile, so that refused callers get a status with RetryInfo in place
+        of a broken connection. Calls that are left end with the status that refused ones get.
+        """
+        logger.info("event=draining calls=%d seconds=%g", len(self.calls), seconds)
+        await self._health.enter_graceful_shutdown()
+        await self.calls.drain(seconds)
+        if self.calls:
+            logger.warning("event=expelling calls=%d", len(self.calls))
+            await self.calls.expel(_GOODBYE_SECONDS)
+
+    async def close(self) -> None:
+        """Close the port, free the models, end the MLX thread."""
+        await self._server.stop(_GOODBYE_SECONDS)
+        await self.residency.close()
+        await self.engine.stop()
+
+
+async def _stop_signal() -> signal.Signals:
+    """Wait for SIGTERM or SIGINT; from then on the next one ends the process at once."""
+    loop = asyncio.get_running_loop()
+    received: asyncio.Future[signal.Signals] = loop.create_future()
+
+    def receive(number: signal.Signals) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(each)
+            signal.signal(each, signal.SIG_DFL)
+        received.set_result(number)
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(each, receive, each)
+    return await received
+
+
+async def serve(settings: Settings) -> None:
+    """Run a core until SIGTERM or SIGINT, and end it in order.
+
+    Raises:
+        StartError: It cannot start.
+    """
+    stopped = asyncio.create_task(_stop_signal())
+    platform.set_blas_threads(settings.blas_threads)
+    core = Core(settings)
+    try:
+        await core.bind()
+        # Whoever starts a core reads its port from this line.
+        sys.stdout.write(f"osaurus-core listening on {core.address}\n")
+        sys.stdout.flush()
+        preparing = asyncio.create_task(core.prepare())
+        await asyncio.wait((stopped, preparing), return_when=asyncio.FIRST_COMPLETED)
+        if preparing.done():
+            await preparing
+            number = await stopped
+        else:
+            preparing.cancel()
+            with contextlib.suppress(asyncio.CancelledError, StartError):
+                await preparing
+            number = await stopped
+        logger.info("event=stop_signal signal=%s", number.name)
+        await core.drain(settings.drain_seconds)
+    finally:
+        stopped.cancel()
+        await core.close()
+    logger.info("event=stopped")

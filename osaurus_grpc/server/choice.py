@@ -1,0 +1,150 @@
+"""One answer of a request: engine tokens in, contract events out."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import assert_never
+
+from transformers import PreTrainedTokenizerBase
+
+from osaurus_grpc.chat.assembler import Assembler
+from osaurus_grpc.chat.detokenize import token_bytes
+from osaurus_grpc.chat.types import AnswerEnd, AnswerEvent, AnswerFinished, TextDelta
+from osaurus_grpc.engine.types import GenerationFinished, PrefillStarted, StopCause, Token
+from osaurus_grpc.server.convert import logprobs_to_proto
+from osaurus_grpc.v1 import chat_pb2, sampling_pb2
+
+
+class Choice:
+    """Assembles one answer and keeps its figures.
+
+    Args:
+        index: 0-based.
+        tokenizer: The model's.
+        stop: Texts that end the answer.
+        wants_logprobs: Attach log-probabilities to the deltas.
+        length_reason: Why an answer that used up its tokens ended: LENGTH or CONTEXT_LENGTH.
+
+    Attributes:
+        is_finished: The answer ended and its choice_finished event was made.
+        completion_tokens: Tokens of the answer so far.
+        cached_tokens: Prompt tokens whose KV cache was reused.
+        queue_seconds: What it waited for a place in the batch.
+        prompt_seconds: From its admission to its first token.
+        decode_seconds: From its first token to its last.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop: Sequence[str],
+        wants_logprobs: bool,
+        length_reason: sampling_pb2.FinishReason.ValueType,
+    ) -> None:
+        self._index = index
+        self._assembler = Assembler(tokenizer, stop=stop)
+        self._has_stops = bool(stop)
+        self._length_reason = length_reason
+        self._wants_logprobs = wants_logprobs
+        self._pending: deque[Token] = deque()
+        self._token_bytes: Callable[[int], bytes] = lambda token_id: token_bytes(tokenizer, token_id)
+        self._admitted = 0.0
+        self._first_token = 0.0
+        self.is_finished = False
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self.queue_seconds = 0.0
+        self.prompt_seconds = 0.0
+        self.decode_seconds = 0.0
+
+    def admitted(self, event: PrefillStarted) -> None:
+        """The choice has a place in the batch."""
+        self._admitted = time.perf_counter()
+        self.queue_seconds = event.queue_seconds
+        self.cached_tokens = event.cached_tokens
+
+    def feed(self, tokens: Sequence[Token]) -> list[chat_pb2.ChatStreamResponse]:
+        """New tokens: at most one delta, and the end where a stop text appeared."""
+        now = time.perf_counter()
+        if not self.completion_tokens:
+            self._first_token = now
+            self.prompt_seconds = now - self._admitted
+        self.decode_seconds = now - self._first_token
+        answer: list[AnswerEvent] = []
+        if self._has_stops:
+            # One at a time, so that the tokens counted do not depend on how many came at once.
+            used = 0
+            for token in tokens:
+                used += 1
+                answer += self._assembler.feed((token.token_id,))
+                if self._assembler.is_finished:
+                    break
+            tokens = tokens[:used]
+        else:
+            answer = self._assembler.feed([token.token_id for token in tokens])
+        self.completion_tokens += len(tokens)
+        if self._wants_logprobs:
+            self._pending.extend(tokens)
+        return self._events(answer)
+
+    def finish(self, event: GenerationFinished) -> list[chat_pb2.ChatStreamResponse]:
+        """The engine ended the sequence: what text is left, and the end."""
+        self.prompt_seconds = event.prompt_seconds
+        self.decode_seconds = event.decode_seconds
+        match event.cause:
+            case StopCause.END_OF_SEQUENCE:
+                end = AnswerEnd.STOP
+            case StopCause.MAX_TOKENS:
+                end = AnswerEnd.LENGTH
+        return self._events(self._assembler.finish(end))
+
+    def _events(self, answer: Sequence[AnswerEvent]) -> list[chat_pb2.ChatStreamResponse]:
+        text = ""
+        count = 0
+        end: AnswerFinished | None = None
+        for event in answer:
+            match event:
+                case TextDelta():
+                    text += event.text
+                    count += event.token_count
+                case AnswerFinished():
+                    end = event
+                case _:
+                    assert_never(event)
+        events = [self._delta(text, count)] if text else []
+        if end is None:
+            return events
+        # Tokens cut off by a stop text stay unsent; any others had no text of their own.
+        if self._pending and end.cause is not AnswerEnd.STOP_SEQUENCE:
+            events.append(self._delta("", len(self._pending)))
+        self.is_finished = True
+        finished = chat_pb2.ChoiceFinished(
+            choice_index=self._index,
+            finish_reason=self._finish_reason(end.cause),
+            stop_sequence=end.stop_sequence,
+        )
+        events.append(chat_pb2.ChatStreamResponse(choice_finished=finished))
+        return events
+
+    def _delta(self, text: str, count: int) -> chat_pb2.ChatStreamResponse:
+        delta = chat_pb2.ContentDelta(choice_index=self._index, text=text, token_count=count)
+        if self._wants_logprobs:
+            pending = self._pending
+            delta.logprobs.extend(
+                logprobs_to_proto(pending.popleft(), self._token_bytes)
+                for _ in range(min(count, len(pending)))
+            )
+        return chat_pb2.ChatStreamResponse(content=delta)
+
+    def _finish_reason(self, cause: AnswerEnd) -> sampling_pb2.FinishReason.ValueType:
+        match cause:
+            case AnswerEnd.STOP:
+                return sampling_pb2.FINISH_REASON_STOP
+            case AnswerEnd.STOP_SEQUENCE:
+                return sampling_pb2.FINISH_REASON_STOP_SEQUENCE
+            case AnswerEnd.LENGTH:
+                return self._length_reason

@@ -1,0 +1,212 @@
+"""Proto to internal and back. Pure: no clock, no I/O, no state but the fold's own."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Final
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from osaurus_grpc.chat.types import JSON, Message, Role, ToolCall
+from osaurus_grpc.engine.types import SamplingParams, Token, TokenLogprob
+from osaurus_grpc.models.catalog import Capability, ModelEntry
+from osaurus_grpc.models.residency import Residence, ResidenceState
+from osaurus_grpc.v1 import chat_pb2, model_pb2, sampling_pb2
+
+DEFAULT_MAX_TOKENS: Final = 2048
+_DEFAULT_SAMPLING: Final = SamplingParams()
+
+_ROLES: Final[Mapping[int, Role]] = MappingProxyType(
+    {
+        chat_pb2.ROLE_SYSTEM: Role.SYSTEM,
+        chat_pb2.ROLE_DEVELOPER: Role.DEVELOPER,
+        chat_pb2.ROLE_USER: Role.USER,
+        chat_pb2.ROLE_ASSISTANT: Role.ASSISTANT,
+        chat_pb2.ROLE_TOOL: Role.TOOL,
+    }
+)
+_CAPABILITIES: Final[Mapping[Capability, model_pb2.Capability.ValueType]] = MappingProxyType(
+    {
+        Capability.CHAT: model_pb2.CAPABILITY_CHAT,
+        Capability.COMPLETION: model_pb2.CAPABILITY_COMPLETION,
+        Capability.TOOLS: model_pb2.CAPABILITY_TOOLS,
+        Capability.REASONING: model_pb2.CAPABILITY_REASONING,
+        Capability.VISION: model_pb2.CAPABILITY_VISION,
+        Capability.EMBEDDING: model_pb2.CAPABILITY_EMBEDDING,
+    }
+)
+_STATES: Final[Mapping[ResidenceState, model_pb2.ModelState.ValueType]] = MappingProxyType(
+    {
+        ResidenceState.AVAILABLE: model_pb2.MODEL_STATE_AVAILABLE,
+        ResidenceState.LOADING: model_pb2.MODEL_STATE_LOADING,
+        ResidenceState.LOADED: model_pb2.MODEL_STATE_LOADED,
+    }
+)
+
+
+def message_from_proto(message: chat_pb2.Message) -> Message:
+    """A validated message; its text parts joined in order."""
+    return Message(
+        role=_ROLES[message.role],
+        content="".join(part.text for part in message.content),
+        name=message.name,
+        tool_calls=tuple(
+            ToolCall(id=call.id, name=call.function.name, arguments_json=call.function.arguments_json)
+            for call in message.tool_calls
+        ),
+        tool_call_id=message.tool_call_id,
+        reasoning=message.reasoning,
+    )
+
+
+def template_arguments(request: chat_pb2.ChatRequest) -> dict[str, JSON]:
+    """The extra variables of a validated request's chat template."""
+    text = request.chat_template_kwargs_json
+    arguments: dict[str, JSON] = json.loads(text) if text else {}
+    return arguments
+
+
+def sampling_from_proto(sampling: sampling_pb2.SamplingParams, *, vocab_size: int) -> SamplingParams:
+    """Validated sampling settings with the defaults filled in, without a seed.
+
+    Args:
+        sampling: What the client set; an unset field takes the default, never 0.
+        vocab_size: Width of the model's logits; a top_k that keeps all of them is off.
+    """
+    default = _DEFAULT_SAMPLING
+
+    def number(name: str, unset: float) -> float:
+        return float(getattr(sampling, name)) if sampling.HasField(name) else unset  # type: ignore[arg-type]  # field names are literals in the stub
+
+    top_k = sampling.top_k if sampling.HasField("top_k") else default.top_k
+    context = (
+        sampling.repetition_context if sampling.HasField("repetition_context") else default.repetition_context
+    )
+    return SamplingParams(
+        temperature=number("temperature", default.temperature),
+        top_p=number("top_p", default.top_p),
+        top_k=top_k if top_k < vocab_size else 0,
+        min_p=number("min_p", default.min_p),
+        # Looking back at no token is no penalty.
+        repetition_penalty=number("repetition_penalty", default.repetition_penalty) if context else 1.0,
+        repetition_context=context or default.repetition_context,
+        presence_penalty=number("presence_penalty", default.presence_penalty),
+        frequency_penalty=number("frequency_penalty", default.frequency_penalty),
+        logit_bias=MappingProxyType(dict(sampling.logit_bias)),
+    )
+
+
+def seconds_from_duration(duration: Duration) -> float:
+    """A valid Duration in seconds."""
+    return duration.seconds + duration.nanos / 1e9
+
+
+def duration_from_seconds(seconds: float) -> Duration:
+    """Seconds as a Duration, to the nanosecond."""
+    nanos = round(seconds * 1e9)
+    whole, rest = divmod(abs(nanos), 1_000_000_000)
+    return Duration(seconds=whole, nanos=rest) if nanos >= 0 else Duration(seconds=-whole, nanos=-rest)
+
+
+def measured_duration(seconds: float) -> Duration:
+    """A span of time that did pass: at least a nanosecond, since clients read 0 as "not measured"."""
+    return duration_from_seconds(max(seconds, 1e-9))
+
+
+def _logprob_to_proto(
+    logprob: TokenLogprob, token_bytes: Callable[[int], bytes]
+) -> sampling_pb2.TokenLogprob:
+    return sampling_pb2.TokenLogprob(
+        token=token_bytes(logprob.token_id), token_id=logprob.token_id, logprob=logprob.logprob
+    )
+
+
+def logprobs_to_proto(token: Token, token_bytes: Callable[[int], bytes]) -> sampling_pb2.ChosenTokenLogprob:
+    """A generated token whose request asked for log-probabilities.
+
+    Args:
+        token: The token.
+        token_bytes: Gives the bytes of a token id.
+    """
+    logprob = -math.inf if token.logprob is None else token.logprob
+    return sampling_pb2.ChosenTokenLogprob(
+        chosen=_logprob_to_proto(TokenLogprob(token.token_id, logprob), token_bytes),
+        top=[_logprob_to_proto(other, token_bytes) for other in token.top],
+    )
+
+
+def model_to_proto(
+    entry: ModelEntry, residence: Residence, *, is_default: bool, chat_template: str = ""
+) -> model_pb2.Model:
+    """A catalog entry with what residency knows of it."""
+    model = model_pb2.Model(
+        id=entry.id,
+        repo_id=entry.repo_id,
+        size_bytes=entry.size_bytes,
+        digest=entry.digest,
+        architecture=entry.architecture,
+        parameter_count=entry.parameter_count,
+        quantization=entry.quantization,
+        context_length=entry.context_length,
+        embedding_length=entry.embedding_length,
+        capabilities=sorted(_CAPABILITIES[capability] for capability in entry.capabilities),
+        state=_STATES[residence.state],
+        resident_bytes=residence.resident_bytes,
+        chat_template=chat_template,
+        is_default=is_default,
+    )
+    model.modify_time.CopyFrom(_timestamp(entry.modify_time.timestamp()))
+    if residence.expire_time is not None:
+        model.expire_time.CopyFrom(_timestamp(residence.expire_time.timestamp()))
+    return model
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    whole = math.floor(seconds)
+    return Timestamp(seconds=whole, nanos=min(round((seconds - whole) * 1e9), 999_999_999))
+
+
+class ChatFold:
+    """Folds the events of a chat stream into the unary answer."""
+
+    def __init__(self) -> None:
+        self._response = chat_pb2.ChatResponse()
+        self._texts: dict[int, list[str]] = {}
+        self._logprobs: dict[int, list[sampling_pb2.ChosenTokenLogprob]] = {}
+        self._finished: dict[int, chat_pb2.ChoiceFinished] = {}
+
+    def feed(self, event: chat_pb2.ChatStreamResponse) -> None:
+        """Take the next event of a stream that keeps the grammar of ChatStreamResponse."""
+        match event.WhichOneof("event"):
+            case "content":
+                delta = event.content
+                self._texts.setdefault(delta.choice_index, []).append(delta.text)
+                if delta.logprobs:
+                    self._logprobs.setdefault(delta.choice_index, []).extend(delta.logprobs)
+            case "started":
+                self._response.id = event.started.id
+                self._response.model = event.started.model
+                self._response.system_fingerprint = event.started.system_fingerprint
+            case "choice_finished":
+                self._finished[event.choice_finished.choice_index] = event.choice_finished
+            case "completed":
+                self._response.usage.CopyFrom(event.completed.usage)
+                self._response.timings.CopyFrom(event.completed.timings)
+            case "prompt_progress" | "reasoning" | "tool_call" | None:
+                pass
+
+    def response(self) -> chat_pb2.ChatResponse:
+        """The answer, once the stream has ended; choices in the order of their index."""
+        for index, finished in sorted(self._finished.items()):
+            choice = self._response.choices.add(
+                index=index, finish_reason=finished.finish_reason, stop_sequence=finished.stop_sequence
+            )
+            choice.message.role = chat_pb2.ROLE_ASSISTANT
+            choice.message.content.add(text="".join(self._texts.get(index, ())))
+            if index in self._logprobs:
+                choice.logprobs.tokens.extend(self._logprobs[index])
+        return self._response

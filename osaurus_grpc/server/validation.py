@@ -1,0 +1,263 @@
+"""What a request may hold: a ChatRequest in, a list of field violations out. Pure.
+
+Field paths are protobuf paths relative to ChatRequest ("messages[2].content[0].text"), also where the
+request came inside a ChatStreamRequest or a CountTokensRequest. Ranges are those of the comments in
+sampling.proto and chat.proto; what they leave open is bounded here, so that no field is unbounded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from google.protobuf.duration_pb2 import Duration
+
+from osaurus_grpc.errors import CapabilityError, InvalidRequestError
+from osaurus_grpc.v1 import chat_pb2, sampling_pb2
+
+MAX_MODEL_NAME_CHARACTERS: Final = 512
+MAX_MESSAGES: Final = 16_384
+MAX_NAME_CHARACTERS: Final = 256
+MAX_CHOICES: Final = 16
+MAX_STOPS: Final = 16
+MAX_STOP_CHARACTERS: Final = 1_024
+MAX_TOP_LOGPROBS: Final = 20
+MAX_TOOLS: Final = 1_024
+MAX_TEMPLATE_ARGUMENTS_CHARACTERS: Final = 65_536
+# google.protobuf.Duration's own bounds.
+MAX_DURATION_SECONDS: Final = 315_576_000_000
+MAX_DURATION_NANOS: Final = 999_999_999
+
+_TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+_KNOWN_ROLES: Final = frozenset(chat_pb2.Role.values()) - {chat_pb2.ROLE_UNSPECIFIED}
+_KNOWN_TOOL_CHOICES: Final = frozenset(chat_pb2.ToolChoiceMode.values())
+_FORCED_TOOL_CHOICES: Final = frozenset(
+    {chat_pb2.TOOL_CHOICE_MODE_REQUIRED, chat_pb2.TOOL_CHOICE_MODE_FUNCTION}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One thing that is wrong with a request: the field's path and a whole sentence about it."""
+
+    field: str
+    description: str
+
+
+class FieldViolationsError(InvalidRequestError):
+    """A request with at least one field violation; `field` is the first one's."""
+
+    def __init__(self, violations: list[FieldViolation]) -> None:
+        super().__init__(" ".join(v.description for v in violations), field=violations[0].field)
+        self.violations = tuple(violations)
+
+
+def require_valid(violations: list[FieldViolation]) -> None:
+    """Raise FieldViolationsError where there is a violation."""
+    if violations:
+        raise FieldViolationsError(violations)
+
+
+def _violation(field: str, what: str) -> FieldViolation:
+    # People know sampling fields by their bare names, in every dialect.
+    return FieldViolation(field, f"{field.removeprefix('sampling.')} {what}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """A closed interval, open at the low end where is_above is set."""
+
+    name: str
+    low: float
+    high: float
+    is_above: bool = False
+
+    def violation(self, value: float) -> FieldViolation | None:
+        # NaN fails every comparison, infinities the bounds.
+        is_in = self.low <= value <= self.high and not (self.is_above and value == self.low)
+        if is_in:
+            return None
+        low = f"above {self.low:g}" if self.is_above else f"at least {self.low:g}"
+        bound = low if math.isinf(self.high) else f"{low} and at most {self.high:g}"
+        return _violation(f"sampling.{self.name}", f"must be {bound}.")
+
+
+_SAMPLING_RANGES: Final = (
+    _Range("temperature", 0, 2),
+    _Range("top_p", 0, 1, is_above=True),
+    _Range("top_k", 0, math.inf),
+    _Range("min_p", 0, 1),
+    _Range("repetition_penalty", 0, 10, is_above=True),
+    _Range("repetition_context", -1, math.inf),
+    _Range("presence_penalty", -2, 2),
+    _Range("frequency_penalty", -2, 2),
+    _Range("max_tokens", 1, math.inf),
+    _Range("top_logprobs", 0, MAX_TOP_LOGPROBS),
+)
+
+
+def sampling_violations(sampling: sampling_pb2.SamplingParams) -> Iterator[FieldViolation]:
+    """What is wrong with sampling settings, as far as that can be told without the model."""
+    by_name = {descriptor.name: value for descriptor, value in sampling.ListFields()}
+    for bounds in _SAMPLING_RANGES:
+        if bounds.name in by_name and (violation := bounds.violation(by_name[bounds.name])):
+            yield violation
+    for token_id, bias in sampling.logit_bias.items():
+        if token_id < 0:
+            yield _violation("sampling.logit_bias", f"names {token_id}, which is no token id.")
+        if not -100 <= bias <= 100:
+            yield _violation("sampling.logit_bias", "values must be at least -100 and at most 100.")
+    if len(sampling.stop) > MAX_STOPS:
+        yield _violation("sampling.stop", f"must have at most {MAX_STOPS} entries.")
+    for i, stop in enumerate(sampling.stop[: MAX_STOPS + 1]):
+        if not 1 <= len(stop) <= MAX_STOP_CHARACTERS:
+            yield _violation(f"sampling.stop[{i}]", f"must have 1 to {MAX_STOP_CHARACTERS} characters.")
+
+
+def vocabulary_violations(sampling: sampling_pb2.SamplingParams, vocab_size: int) -> Iterator[FieldViolation]:
+    """What is wrong with sampling settings for a model whose logits are vocab_size wide."""
+    for token_id in sampling.logit_bias:
+        if token_id >= vocab_size:
+            yield _violation(
+                "sampling.logit_bias",
+                f"names token {token_id}; the model's token ids end at {vocab_size - 1}.",
+            )
+
+
+def duration_violations(field: str, value: Duration) -> Iterator[FieldViolation]:
+    """What makes a Duration malformed by the rules of its own type."""
+    is_bounded = abs(value.seconds) <= MAX_DURATION_SECONDS and abs(value.nanos) <= MAX_DURATION_NANOS
+    if not is_bounded or value.seconds * value.nanos < 0:
+        yield _violation(field, "is not a valid duration.")
+
+
+def name_violations(field: str, name: str) -> Iterator[FieldViolation]:
+    """What is wrong with a model's name before it is looked up."""
+    if len(name) > MAX_MODEL_NAME_CHARACTERS:
+        yield _violation(field, f"must have at most {MAX_MODEL_NAME_CHARACTERS} characters.")
+
+
+def _text_violations(field: str, text: str, limit: int) -> Iterator[FieldViolation]:
+    if len(text) > limit:
+        yield _violation(field, f"must have at most {limit} characters.")
+
+
+def _content_violations(path: str, message: chat_pb2.Message) -> Iterator[FieldViolation]:
+    if not message.content:
+        if not (message.role == chat_pb2.ROLE_ASSISTANT and message.tool_calls):
+            yield _violation(f"{path}.content", "must not be empty.")
+        return
+    has_content = False
+    for j, part in enumerate(message.content):
+        kind = part.WhichOneof("part")
+        if kind is None:
+            yield _violation(f"{path}.content[{j}]", "must be text or an image.")
+        has_content = has_content or kind == "image" or part.text != ""
+    # Clients send empty system prompts, and tools give empty results; a person always says something.
+    if message.role == chat_pb2.ROLE_USER and not has_content:
+        yield _violation(f"{path}.content", "must not be empty.")
+
+
+def _message_violations(path: str, message: chat_pb2.Message) -> Iterator[FieldViolation]:
+    if message.role not in _KNOWN_ROLES:
+        yield _violation(f"{path}.role", "must be system, developer, user, assistant or tool.")
+    yield from _content_violations(path, message)
+    yield from _text_violations(f"{path}.name", message.name, MAX_NAME_CHARACTERS)
+    yield from _text_violations(f"{path}.tool_call_id", message.tool_call_id, MAX_NAME_CHARACTERS)
+    if message.tool_calls and message.role != chat_pb2.ROLE_ASSISTANT:
+        yield _violation(f"{path}.tool_calls", "are for assistant messages only.")
+    for j, call in enumerate(message.tool_calls):
+        if not call.function.name:
+            yield _violation(f"{path}.tool_calls[{j}].function.name", "must not be empty.")
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _tool_violations(request: chat_pb2.ChatRequest) -> Iterator[FieldViolation]:
+    if len(request.tools) > MAX_TOOLS:
+        yield _violation("tools", f"must have at most {MAX_TOOLS} entries.")
+        return
+    for i, tool in enumerate(request.tools):
+        path = f"tools[{i}].function"
+        if not _TOOL_NAME.fullmatch(tool.function.name):
+            yield _violation(f"{path}.name", 'must have 1 to 64 characters of A-Z, a-z, 0-9, "_", "-", ".".')
+        if tool.function.parameters_json and not _is_json_object(tool.function.parameters_json):
+            yield _violation(f"{path}.parameters_json", "must be a JSON object.")
+    choice = request.tool_choice
+    if choice.mode not in _KNOWN_TOOL_CHOICES:
+        yield _violation("tool_choice.mode", "is not a known mode.")
+    if choice.mode in _FORCED_TOOL_CHOICES and not request.tools:
+        yield _violation("tool_choice", "asks for a call, but there are no tools.")
+    names = {tool.function.name for tool in request.tools}
+    if (
+        choice.mode == chat_pb2.TOOL_CHOICE_MODE_FUNCTION
+        and request.tools
+        and choice.function_name not in names
+    ):
+        yield _violation("tool_choice.function_name", "is not among the tools.")
+
+
+def _template_violations(request: chat_pb2.ChatRequest) -> Iterator[FieldViolation]:
+    arguments = request.chat_template_kwargs_json
+    field = "chat_template_kwargs_json"
+    if len(arguments) > MAX_TEMPLATE_ARGUMENTS_CHARACTERS:
+        yield _violation(field, f"must have at most {MAX_TEMPLATE_ARGUMENTS_CHARACTERS} characters.")
+    elif arguments and not _is_json_object(arguments):
+        yield _violation(field, "must be a JSON object.")
+    yield from _text_violations("reasoning_effort", request.reasoning_effort, MAX_NAME_CHARACTERS)
+
+
+def chat_violations(request: chat_pb2.ChatRequest) -> list[FieldViolation]:
+    """Everything that is wrong with a request, as far as that can be told without the model."""
+    found = [*name_violations("model", request.model)]
+    if not request.messages:
+        found.append(_violation("messages", "must have at least one message."))
+    elif len(request.messages) > MAX_MESSAGES:
+        found.append(_violation("messages", f"must have at most {MAX_MESSAGES} messages."))
+    else:
+        for i, message in enumerate(request.messages):
+            found.extend(_message_violations(f"messages[{i}]", message))
+    found.extend(sampling_violations(request.sampling))
+    found.extend(_tool_violations(request))
+    found.extend(_template_violations(request))
+    found.extend(_text_violations("session_id", request.session_id, MAX_NAME_CHARACTERS))
+    if request.HasField("choice_count") and not 1 <= request.choice_count <= MAX_CHOICES:
+        found.append(_violation("choice_count", f"must be at least 1 and at most {MAX_CHOICES}."))
+    if request.HasField("max_context_tokens") and request.max_context_tokens < 1:
+        found.append(_violation("max_context_tokens", "must be at least 1."))
+    if request.HasField("keep_alive"):
+        found.extend(duration_violations("keep_alive", request.keep_alive))
+    return found
+
+
+def require_supported(request: chat_pb2.ChatRequest) -> None:
+    """Refuse what this release cannot honour and would have to ignore.
+
+    Raises:
+        CapabilityError: Images, tools (unless they are hidden from the model), response formats.
+    """
+    for i, message in enumerate(request.messages):
+        for j, part in enumerate(message.content):
+            if part.WhichOneof("part") == "image":
+                raise CapabilityError(
+                    "Images are not supported.",
+                    capability="vision",
+                    field=f"messages[{i}].content[{j}].image",
+                )
+    if request.tools and request.tool_choice.mode != chat_pb2.TOOL_CHOICE_MODE_NONE:
+        raise CapabilityError("Tools are not supported in this release.", capability="tools", field="tools")
+    if request.response_format.WhichOneof("format") is not None:
+        raise CapabilityError(
+            "Response formats are not supported in this release.",
+            capability="structured_output",
+            field="response_format",
+        )

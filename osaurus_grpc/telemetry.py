@@ -1,0 +1,80 @@
+"""The core's metrics, in prometheus_client's terms.
+
+No label's value comes from a client: methods are those of the contract, models are listed ids, codes
+are gRPC's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+NO_MODEL: Final = ""
+# Powers of two and their halves, from a cached prompt on a GPU to a long one on a laptop's CPU.
+_FIRST_TOKEN_SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_CALL_SECONDS: Final = (*_FIRST_TOKEN_SECONDS, 300.0, 600.0)
+
+
+class Telemetry:
+    """Counters, gauges and histograms of one core, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._calls = Counter(
+            "osaurus_requests", "Calls that ended.", ("method", "model", "code"), registry=self.registry
+        )
+        self._call_seconds = Histogram(
+            "osaurus_request_duration_seconds",
+            "From a call's arrival to its end.",
+            ("method", "model"),
+            buckets=_CALL_SECONDS,
+            registry=self.registry,
+        )
+        self._first_token_seconds = Histogram(
+            "osaurus_time_to_first_token_seconds",
+            "From a call's arrival to its first generated token.",
+            ("model",),
+            buckets=_FIRST_TOKEN_SECONDS,
+            registry=self.registry,
+        )
+        self._prompt_tokens = Counter(
+            "osaurus_prompt_tokens", "Tokens of rendered prompts.", ("model",), registry=self.registry
+        )
+        self._completion_tokens = Counter(
+            "osaurus_completion_tokens", "Tokens generated.", ("model",), registry=self.registry
+        )
+
+    def watch_engine(self, running: Callable[[], float], waiting: Callable[[], float]) -> None:
+        """Report the engine's load, read anew at each collection. Call once."""
+        for name, text, read in (
+            ("osaurus_sequences_running", "Sequences that have a place in the batch.", running),
+            ("osaurus_sequences_waiting", "Sequences that wait for a place in the batch.", waiting),
+        ):
+            Gauge(name, text, registry=self.registry).set_function(read)
+
+    def call_ended(self, *, method: str, model: str, code: str, seconds: float) -> None:
+        """Count a call.
+
+        Args:
+            method: Its name in the contract, for example "ChatStream".
+            model: The listed id of the model it used, or NO_MODEL.
+            code: The name of its gRPC status code.
+            seconds: From its arrival.
+        """
+        self._calls.labels(method, model, code).inc()
+        self._call_seconds.labels(method, model).observe(seconds)
+
+    def first_token(self, *, model: str, seconds: float) -> None:
+        """Record the time from a call's arrival to its first token."""
+        self._first_token_seconds.labels(model).observe(seconds)
+
+    def tokens(self, *, model: str, prompt: int, completion: int) -> None:
+        """Count a request's tokens, also those of an answer that was broken off."""
+        self._prompt_tokens.labels(model).inc(prompt)
+        self._completion_tokens.labels(model).inc(completion)
+
+    def exposition(self) -> bytes:
+        """All metrics in Prometheus's text format."""
+        return generate_latest(self.registry)
