@@ -1,0 +1,259 @@
+"""The models that are installed: below the models directory and, read only, in the Hugging Face cache.
+
+The models directory holds models as name/ or org/name/ and nothing deeper; hidden folders, the
+staging area among them, are not looked at, linked folders are followed. Of the cache, the current
+revision of each model repository counts. Only whole models are listed.
+
+Every call looks whether something changed (one stat for each file, some tens of microseconds for a
+model) and reads again only the folders that did.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import MappingProxyType
+
+from osaurus_grpc.errors import ModelNotFoundError
+from osaurus_grpc.models import facts, naming
+from osaurus_grpc.models.facts import Capability
+from osaurus_grpc.models.inspection import (
+    CONFIG_FILE,
+    FileStat,
+    IncompleteModelError,
+    architecture,
+    inspect,
+    list_files,
+)
+
+__all__ = ["Capability", "Catalog", "ModelEntry"]
+
+logger = logging.getLogger(__name__)
+
+_CACHE_PREFIX = "models--"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """An installed model.
+
+    Attributes:
+        id: The name it is listed by, unique among the installed models.
+        repo_id: "org/name", or "name" where it lies directly in the models directory.
+        path: Its folder.
+        size_bytes: Bytes of the files in it.
+        digest: 64 hexadecimal digits; see facts.digest().
+        modify_time: When its files last changed, UTC.
+        architecture: The model_type of its config.json.
+        parameter_count: Weights, or 0 where the files do not tell.
+        quantization: How weights are stored: "4bit", "bf16", "f32", ….
+        context_length: Tokens, or 0 where the files do not tell.
+        embedding_length: Width of the hidden state, or 0 where the files do not tell.
+        capabilities: What it can do.
+        is_managed: It lies below the models directory, so it may be removed.
+    """
+
+    id: str
+    repo_id: str
+    path: Path
+    size_bytes: int
+    digest: str
+    modify_time: datetime
+    architecture: str
+    parameter_count: int
+    quantization: str
+    context_length: int
+    embedding_length: int
+    capabilities: frozenset[Capability]
+    is_managed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A folder that may be a model, with what tells whether it changed."""
+
+    repo_id: str
+    path: Path
+    is_managed: bool
+    signature: tuple[FileStat, ...] | tuple[str, int, int]
+
+
+class Catalog:
+    """The installed models. Safe to use from several threads.
+
+    Args:
+        models_dir: The models directory; it need not exist.
+        hub_cache_dir: The Hugging Face cache, read only; None leaves it out.
+        default_model: What "" and "default" mean; "" is the only model, if there is one.
+        aliases: Further names and the models they mean.
+        fallback_model: What an unknown name means; "" is an error.
+    """
+
+    def __init__(
+        self,
+        models_dir: Path,
+        *,
+        hub_cache_dir: Path | None = None,
+        default_model: str = "",
+        aliases: Mapping[str, str] = MappingProxyType({}),
+        fallback_model: str = "",
+    ) -> None:
+        self._models_dir = models_dir
+        self._hub_cache_dir = hub_cache_dir
+        self._default_model = default_model
+        self._aliases = dict(aliases)
+        self._fallback_model = fallback_model
+        self._lock = threading.Lock()
+        self._candidates: dict[Path, _Candidate] = {}
+        self._inspected: dict[Path, ModelEntry | None] = {}
+        self._entries: tuple[ModelEntry, ...] = ()
+
+    def entries(self) -> tuple[ModelEntry, ...]:
+        """All models, sorted by id."""
+        with self._lock:
+            self._refresh()
+            return self._entries
+
+    def find(self, name: str) -> ModelEntry:
+        """The model that a request's name means.
+
+        Raises:
+            ModelNotFoundError: There is none, or the name means several.
+        """
+        entries = {entry.id: entry for entry in self.entries()}
+        model_id = naming.resolve(
+            name,
+            {entry.id: entry.repo_id for entry in entries.values()},
+            aliases=self._aliases,
+            default=self._default_model,
+            fallback=self._fallback_model,
+        )
+        if model_id is None:
+            is_default = naming.normalized(name) in naming.DEFAULT_NAMES
+            raise ModelNotFoundError((self._default_model or "default") if is_default else name)
+        return entries[model_id]
+
+    def default(self) -> ModelEntry | None:
+        """What "" and "default" mean, or None."""
+        try:
+            return self.find("")
+        except ModelNotFoundError:
+            return None
+
+    def chat_template(self, entry: ModelEntry) -> str:
+        """The model's chat template (Jinja), or "" where it has none."""
+        return facts.chat_template(entry.path)
+
+    def _refresh(self) -> None:
+        """Look for changed folders and read those again."""
+        found = {candidate.path: candidate for candidate in self._managed()}
+        names = {candidate.repo_id.casefold() for candidate in found.values()}
+        # The same repository in the models directory wins over the one in the cache.
+        found |= {each.path: each for each in self._cached() if each.repo_id.casefold() not in names}
+        if found == self._candidates:
+            return
+        self._inspected = {
+            path: self._inspected[path] if self._candidates.get(path) == candidate else _inspected(candidate)
+            for path, candidate in found.items()
+        }
+        self._candidates = found
+        whole = [entry for entry in self._inspected.values() if entry is not None]
+        ids = naming.assign_ids(entry.repo_id for entry in whole)
+        listed = (replace(entry, id=ids[entry.repo_id]) for entry in whole)
+        self._entries = tuple(sorted(listed, key=lambda entry: entry.id))
+
+    def _managed(self) -> Iterator[_Candidate]:
+        for child in _folders(self._models_dir):
+            if _has_config(child):
+                yield from _managed_candidate(child.name, child)
+                continue
+            for grandchild in _folders(child):
+                if _has_config(grandchild):
+                    yield from _managed_candidate(f"{child.name}/{grandchild.name}", grandchild)
+
+    def _cached(self) -> Iterator[_Candidate]:
+        for repository in _folders(self._hub_cache_dir) if self._hub_cache_dir is not None else ():
+            if repository.name.startswith(_CACHE_PREFIX):
+                yield from _cached_candidate(repository)
+
+
+def _folders(path: Path) -> list[Path]:
+    """Visible folders in a folder, links followed, sorted; none where it cannot be read."""
+    try:
+        with os.scandir(path) as entries:
+            return sorted(
+                Path(entry.path) for entry in entries if entry.name[:1] != "." and _is_folder(entry)
+            )
+    except OSError:
+        return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # a circle of links, or gone
+
+
+def _has_config(path: Path) -> bool:
+    try:
+        return (path / CONFIG_FILE).is_file()
+    except OSError:
+        return False
+
+
+def _managed_candidate(repo_id: str, path: Path) -> Iterator[_Candidate]:
+    try:
+        files = list_files(path)
+    except OSError:
+        return
+    yield _Candidate(repo_id=repo_id, path=path, is_managed=True, signature=files)
+
+
+def _cached_candidate(repository: Path) -> Iterator[_Candidate]:
+    """The current revision of a repository in the cache.
+
+    Blobs of the cache never change under their name, so the times of the folders tell of every change.
+    """
+    repo_id = repository.name.removeprefix(_CACHE_PREFIX).replace("--", "/")
+    try:
+        revision = (repository / "refs" / "main").read_text(encoding="ascii").strip()
+        if not revision.isalnum():
+            return
+        snapshot = repository / "snapshots" / revision
+        changed = (snapshot.stat().st_mtime_ns, (repository / "blobs").stat().st_mtime_ns)
+    except (OSError, ValueError):
+        return
+    yield _Candidate(repo_id=repo_id, path=snapshot, is_managed=False, signature=(revision, *changed))
+
+
+def _inspected(candidate: _Candidate) -> ModelEntry | None:
+    """Read a folder; None, with a line in the log, where it is not a whole model."""
+    try:
+        folder = inspect(candidate.path)
+    except IncompleteModelError as error:
+        level = logging.WARNING if candidate.is_managed else logging.DEBUG
+        logger.log(level, "model not listed model=%s reason=%r", candidate.repo_id, str(error))
+        return None
+    template = facts.chat_template(candidate.path)
+    newest = max(file.mtime_ns for file in folder.files)
+    return ModelEntry(
+        id="",
+        repo_id=candidate.repo_id,
+        path=candidate.path,
+        size_bytes=sum(file.size for file in folder.files),
+        digest=facts.digest(folder),
+        modify_time=datetime.fromtimestamp(newest / 1e9, UTC),
+        architecture=architecture(folder.config),
+        parameter_count=facts.parameter_count(folder),
+        quantization=facts.quantization(folder),
+        context_length=facts.context_length(folder.config),
+        embedding_length=facts.embedding_length(folder.config),
+        capabilities=facts.capabilities(folder.config, template),
+        is_managed=candidate.is_managed,
+    )
