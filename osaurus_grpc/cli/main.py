@@ -98,7 +98,8 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         return _dispatch(arguments)
     except CommandError as error:
-        note(str(error))
+        if str(error):
+            note(str(error))
         return error.exit_status
     except OsaurusError as error:
         note(error.message)
