@@ -248,18 +248,6 @@ class Batch:
         generator.close()
 
 
-def is_batchable(model: nn.Module) -> bool:
-    """Whether every cache of the model can be merged into a batch, those inside a CacheList included."""
-    from mlx_lm.models.cache import CacheList, make_prompt_cache
-
-    def can_merge(cache: Any) -> bool:
-        if isinstance(cache, CacheList):
-            return all(can_merge(child) for child in cache.caches)
-        return hasattr(cache, "merge")
-
-    return all(can_merge(cache) for cache in make_prompt_cache(model))
-
-
 def self_test() -> None:
     """Prove on a tiny random model that mlx-lm behaves as this module expects.
 

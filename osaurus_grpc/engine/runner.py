@@ -118,7 +118,10 @@ class Runner:
         return [(sequence, PrefillStarted(sequence.admitted_at - sequence.submitted_at))]
 
     def _learn(self, events: list[BatchEvent], seconds: float) -> None:
-        prefilled = sum(self._advance(event) for event in events if isinstance(event, Prefilled))
+        prompts = [event for event in events if isinstance(event, Prefilled)]
+        prefilled = sum(self._advance(event) for event in prompts)
+        if any(event.processed == event.total for event in prompts):
+            return  # a row's first decode step is a pass of its own: such a step compares with no other
         decoding = sum(isinstance(event, Decoded) for event in events)
         self.scheduler.clock.observe(seconds, decoding=decoding, prefilled=prefilled)
 

@@ -17,44 +17,50 @@ from osaurus_grpc.engine.sequence import Sequence
 _PAUSE_DECODE_STEPS = 4.0
 # A chunk may take this long while nobody decodes: what a cancellation waits for at most.
 _IDLE_CHUNK_SECONDS = 0.5
-_SMALLEST_CHUNK = 32
-_FIRST_CHUNK = 128
+_SMALLEST_CHUNK = 64
+_FIRST_CHUNK = 256
 # Weight of the newest measurement.
 _SMOOTHING = 0.3
 
 
 class StepClock:
-    """What a step costs, learned from the steps that were run."""
+    """What a step costs, learned from the steps that were run.
+
+    A forward pass is taken to cost one decode step, which reads all weights, plus a share for each
+    further prompt token.
+    """
 
     def __init__(self) -> None:
         self.decode_seconds = 0.0
-        self.prefill_seconds_per_token = 0.0
+        self.seconds_per_prompt_token = 0.0
 
     def observe(self, seconds: float, *, decoding: int, prefilled: int) -> None:
         """Learn from a step that decoded so many rows and prefilled so many tokens."""
-        if prefilled == 0:
+        if not prefilled:
             if decoding:
                 self.decode_seconds = self._blend(self.decode_seconds, seconds)
-        elif not decoding or self.decode_seconds:
-            cost = max(0.0, seconds - (self.decode_seconds if decoding else 0.0)) / prefilled
-            self.prefill_seconds_per_token = self._blend(self.prefill_seconds_per_token, cost)
+            return
+        passes = 2 if decoding else 1
+        cost = max(0.0, seconds - passes * self.decode_seconds) / prefilled
+        self.seconds_per_prompt_token = self._blend(self.seconds_per_prompt_token, cost)
 
     @staticmethod
     def _blend(old: float, new: float) -> float:
         return new if old == 0.0 else old + _SMOOTHING * (new - old)
 
     def chunk_tokens(self, largest: int, *, decoding: int) -> int:
-        """Tokens of the next prefill chunk: a power of two between 32 and largest, or largest if less.
+        """Tokens of the next prefill chunk: a power of two between 64 and largest, or largest if less.
 
         Powers of two keep the number of different shapes small, for kernels and allocators.
         """
-        if not self.prefill_seconds_per_token:
+        if not self.seconds_per_prompt_token:
             return min(_FIRST_CHUNK, largest)
-        allowed = _IDLE_CHUNK_SECONDS
-        if decoding and self.decode_seconds:
-            allowed = _PAUSE_DECODE_STEPS * self.decode_seconds
+        allowed = _PAUSE_DECODE_STEPS * self.decode_seconds if decoding else _IDLE_CHUNK_SECONDS
         chunk = _SMALLEST_CHUNK
-        while chunk * 2 <= largest and chunk * 2 * self.prefill_seconds_per_token <= allowed:
+        while (
+            chunk * 2 <= largest
+            and self.decode_seconds + chunk * 2 * self.seconds_per_prompt_token <= allowed
+        ):
             chunk *= 2
         return min(chunk, largest)
 

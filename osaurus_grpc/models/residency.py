@@ -1,0 +1,488 @@
+"""Models in memory: loading on first use, holding while in use, unloading.
+
+A load in progress is shared by all who wait for it and is not given up when one of them leaves. A
+model is held by leases; it is unloaded when its keep-alive ends, when it is asked for, or when
+another model needs its place, and never while somebody holds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.metadata
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from osaurus_grpc.errors import (
+    DrainingError,
+    InsufficientMemoryError,
+    ModelBusyError,
+    ModelUnusableError,
+    OsaurusError,
+)
+from osaurus_grpc.models.catalog import ModelEntry
+from osaurus_grpc.models.platform import memory_bytes, mx, plan_weights
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Weights are read in groups of this size, so that running streams of other models go on in between.
+_GROUP_BYTES = 128 * 2**20
+_UNKNOWN_CONTEXT_LENGTH = 32_768
+_UNLOAD_WAIT_SECONDS = 30.0
+_LOAD_SECONDS = 1800.0
+# Special tokens by which chat templates end a turn; a model whose configuration forgets to name its
+# own would talk on to itself.
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|endoftext|>")
+
+
+class MlxHost(Protocol):
+    """What residency needs of the engine: a thread that may use MLX, and a place for models."""
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """Run a function on the MLX thread."""
+        ...
+
+    async def attach(
+        self, model_id: str, model: object, end_tokens: tuple[int, ...], vocab_size: int
+    ) -> None:
+        """Take a model into service."""
+        ...
+
+    async def detach(self, model_id: str) -> None:
+        """Take a model out of service."""
+        ...
+
+    async def free(self) -> None:
+        """Return the memory of dropped models to the system."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in memory.
+
+    Attributes:
+        entry: What the catalog says of it.
+        tokenizer: transformers' tokenizer.
+        eos_token_ids: Ids that end an answer.
+        context_length: Tokens of prompt and answer at most.
+        vocab_size: Width of the logits; may exceed the tokenizer's vocabulary.
+        resident_bytes: Memory the weights take.
+        load_seconds: What loading took.
+        fingerprint: "fp_" and ten hexadecimal digits; changes with weights, dtype and engine.
+    """
+
+    entry: ModelEntry
+    tokenizer: Any
+    eos_token_ids: frozenset[int]
+    context_length: int
+    vocab_size: int
+    resident_bytes: int
+    load_seconds: float
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A model that stays loaded while this is held.
+
+    Attributes:
+        model: The model.
+        load_seconds: How long this holder waited for it to load; 0.0 where it was loaded.
+    """
+
+    model: LoadedModel
+    load_seconds: float
+
+
+class ResidenceState(Enum):
+    """Whether a model is in memory."""
+
+    AVAILABLE = "available"
+    LOADING = "loading"
+    LOADED = "loaded"
+
+
+@dataclass(frozen=True, slots=True)
+class Residence:
+    """A model's place in memory.
+
+    Attributes:
+        state: Whether it is there.
+        resident_bytes: Memory its weights take.
+        expire_time: When it is unloaded for lack of use; None where it stays.
+    """
+
+    state: ResidenceState
+    resident_bytes: int = 0
+    expire_time: datetime | None = None
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One model's bookkeeping."""
+
+    entry: ModelEntry
+    loading: asyncio.Task[LoadedModel]
+    keep_alive_seconds: float
+    leases: int = 0
+    last_used: float = field(default_factory=time.monotonic)
+    expire_time: datetime | None = None
+    timer: asyncio.TimerHandle | None = None
+
+    @property
+    def model(self) -> LoadedModel | None:
+        """The model, once loaded."""
+        if self.loading.done() and not self.loading.cancelled() and self.loading.exception() is None:
+            return self.loading.result()
+        return None
+
+
+class Residency:
+    """Which models are in memory.
+
+    Args:
+        host: The engine.
+        max_loaded_models: Models in memory at once.
+        keep_alive_seconds: Unload a model unused for so long; negative is never.
+        dtype: As Settings.dtype.
+    """
+
+    def __init__(
+        self, host: MlxHost, *, max_loaded_models: int, keep_alive_seconds: float, dtype: str
+    ) -> None:
+        self._host = host
+        self._max_loaded_models = max_loaded_models
+        self._keep_alive_seconds = keep_alive_seconds
+        self._dtype = dtype
+        self._slots: dict[str, _Slot] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        # Loads and unloads follow one another: they share one thread and one memory.
+        self._changing = asyncio.Lock()
+        self._is_closed = False
+
+    @asynccontextmanager
+    async def lease(self, entry: ModelEntry, keep_alive_seconds: float | None = None) -> AsyncIterator[Lease]:
+        """Hold a model, loading it first where it is not in memory.
+
+        Args:
+            entry: The model.
+            keep_alive_seconds: How long it stays after this lease; None is the server's setting,
+                negative for ever, 0 unloads it as soon as nobody holds it.
+
+        Raises:
+            ModelUnusableError: Its files are damaged, or mlx-lm does not know its architecture.
+            InsufficientMemoryError: It does not fit, even with idle models unloaded.
+            DrainingError: The server is shutting down.
+        """
+        slot = await self._current_slot(entry)
+        slot.leases += 1
+        self._stop_timer(slot)
+        asked = time.monotonic()
+        waited = not slot.loading.done()
+        try:
+            model = await asyncio.shield(slot.loading)
+            yield Lease(model, time.monotonic() - asked if waited else 0.0)
+        finally:
+            slot.leases -= 1
+            slot.last_used = time.monotonic()
+            slot.keep_alive_seconds = (
+                self._keep_alive_seconds if keep_alive_seconds is None else keep_alive_seconds
+            )
+            if not slot.leases:
+                self._start_timer(slot)
+
+    async def load(self, entry: ModelEntry, keep_alive_seconds: float | None = None) -> Lease:
+        """Load a model; raises as lease() does."""
+        async with self.lease(entry, keep_alive_seconds) as lease:
+            return lease
+
+    async def unload(self, model_id: str) -> bool:
+        """Unload a model once nobody holds it; False where it was not in memory.
+
+        Raises ModelBusyError where it is still held after half a minute.
+        """
+        slot = self._slots.get(model_id)
+        if slot is None:
+            return False
+        deadline = time.monotonic() + _UNLOAD_WAIT_SECONDS
+        while slot.leases:
+            if time.monotonic() > deadline:
+                raise ModelBusyError(f"Model '{model_id}' is in use.", model=model_id)
+            await asyncio.sleep(0.02)
+        return await self._drop(slot)
+
+    def residence(self, model_id: str) -> Residence:
+        """A model's place in memory."""
+        slot = self._slots.get(model_id)
+        if slot is None:
+            return Residence(ResidenceState.AVAILABLE)
+        if slot.model is None:
+            return Residence(ResidenceState.LOADING)
+        return Residence(ResidenceState.LOADED, slot.model.resident_bytes, slot.expire_time)
+
+    async def close(self) -> None:
+        """Refuse new leases and unload everything nobody holds."""
+        self._is_closed = True
+        for slot in list(self._slots.values()):
+            if not slot.loading.done():
+                slot.loading.cancel()
+                with suppress(asyncio.CancelledError, OsaurusError):
+                    await slot.loading
+            await self._drop(slot)
+        for task in list(self._background):
+            await task
+
+    async def _current_slot(self, entry: ModelEntry) -> _Slot:
+        """The slot that serves an entry; starts a load where there is none, or an outdated one."""
+        if self._is_closed:
+            raise DrainingError
+        slot = self._slots.get(entry.id)
+        if slot is not None and slot.entry.digest != entry.digest and not slot.leases:
+            await self._drop(slot)  # its files were replaced
+            slot = self._slots.get(entry.id)
+        if slot is None:
+            loading = asyncio.create_task(self._load(entry), name=f"load {entry.id}")
+            slot = self._slots[entry.id] = _Slot(entry, loading, self._keep_alive_seconds)
+            loading.add_done_callback(lambda _: self._forget_failed(slot))
+        return slot
+
+    def _forget_failed(self, slot: _Slot) -> None:
+        """A load that failed leaves no slot, so that the next use tries again."""
+        failed = slot.loading.cancelled() or slot.loading.exception() is not None
+        if failed and self._slots.get(slot.entry.id) is slot:
+            del self._slots[slot.entry.id]
+
+    async def _load(self, entry: ModelEntry) -> LoadedModel:
+        """Make room, load, take into service."""
+        async with self._changing, asyncio.timeout(_LOAD_SECONDS):
+            started = time.monotonic()
+            await self._make_room(entry)
+            tokenizer, eos_token_ids = await asyncio.to_thread(_load_tokenizer, entry)
+            model: Any = await self._host.call(lambda: _build(entry, self._dtype))
+            for group in _groups(model):
+                await self._host.call(partial(_evaluate, entry, group))
+            vocab_size, resident_bytes = await self._host.call(lambda: _probe(entry, model))
+            await self._host.attach(entry.id, model, tuple(sorted(eos_token_ids)), vocab_size)
+            seconds = time.monotonic() - started
+            logger.info(
+                "event=model_loaded model=%s seconds=%.2f bytes=%d", entry.id, seconds, resident_bytes
+            )
+            return LoadedModel(
+                entry=entry,
+                tokenizer=tokenizer,
+                eos_token_ids=eos_token_ids,
+                context_length=entry.context_length or _UNKNOWN_CONTEXT_LENGTH,
+                vocab_size=vocab_size,
+                resident_bytes=resident_bytes,
+                load_seconds=seconds,
+                fingerprint=_fingerprint(entry, self._dtype),
+            )
+
+    async def _make_room(self, entry: ModelEntry) -> None:
+        """Unload idle models, the least recently used first, until the new one fits."""
+        while True:
+            others = [slot for slot in self._slots.values() if slot.entry.id != entry.id]
+            needed = estimated_bytes(entry, self._dtype)
+            if len(others) < self._max_loaded_models and needed <= memory_bytes():
+                return
+            idle = [slot for slot in others if not slot.leases and slot.model is not None]
+            if not idle:
+                if len(others) >= self._max_loaded_models:
+                    raise InsufficientMemoryError(
+                        f"Model '{entry.id}' cannot be loaded: {len(others)} models are in use, "
+                        "which is the limit.",
+                        retry_after_seconds=5.0,
+                    )
+                raise InsufficientMemoryError(
+                    f"Model '{entry.id}' needs about {needed / 2**30:.1f} GiB of memory and "
+                    f"{memory_bytes() / 2**30:.1f} GiB are available."
+                )
+            await self._release(min(idle, key=lambda slot: slot.last_used))
+
+    async def _drop(self, slot: _Slot) -> bool:
+        """Unload a slot that nobody holds; False where that is no longer so."""
+        async with self._changing:
+            if slot.leases or self._slots.get(slot.entry.id) is not slot:
+                return False
+            await self._release(slot)
+            return True
+
+    async def _release(self, slot: _Slot) -> None:
+        """Take a model out of service and free it. The caller holds the lock."""
+        self._stop_timer(slot)
+        self._slots.pop(slot.entry.id, None)
+        await self._host.detach(slot.entry.id)
+        await self._host.free()
+        logger.info("event=model_unloaded model=%s", slot.entry.id)
+
+    def _start_timer(self, slot: _Slot) -> None:
+        """Unload the slot when its keep-alive ends."""
+        if slot.keep_alive_seconds < 0 or self._is_closed:
+            return
+        seconds = slot.keep_alive_seconds
+        slot.expire_time = datetime.now(UTC) + timedelta(seconds=seconds)
+        slot.timer = asyncio.get_running_loop().call_later(seconds, self._expire, slot)
+
+    @staticmethod
+    def _stop_timer(slot: _Slot) -> None:
+        if slot.timer is not None:
+            slot.timer.cancel()
+        slot.timer, slot.expire_time = None, None
+
+    def _expire(self, slot: _Slot) -> None:
+        async def drop() -> None:
+            await self._drop(slot)
+
+        task = asyncio.create_task(drop())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def estimated_bytes(entry: ModelEntry, dtype: str) -> int:
+    """Memory a model's weights will take."""
+    plan = plan_weights(entry.parameter_count, dtype)
+    if plan.is_dequantized and plan.dtype is not None and entry.parameter_count:
+        return entry.parameter_count * int(plan.dtype.size)
+    return entry.size_bytes
+
+
+def _fingerprint(entry: ModelEntry, dtype: str) -> str:
+    parts = (entry.digest, dtype, importlib.metadata.version("mlx"), importlib.metadata.version("mlx-lm"))
+    return "fp_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:10]
+
+
+def _load_tokenizer(entry: ModelEntry) -> tuple[Any, frozenset[int]]:
+    """Transformers' tokenizer and the ids that end an answer. Needs no MLX; runs on any thread."""
+    from mlx_lm.utils import load_config, load_tokenizer
+
+    try:
+        config = load_config(entry.path)
+        wrapper = load_tokenizer(entry.path, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:  # whatever the files make transformers raise
+        logger.exception("event=tokenizer_unusable model=%s", entry.id)
+        raise ModelUnusableError(
+            f"Model '{entry.id}' cannot be loaded: its tokenizer files are damaged or of an unknown kind.",
+            model=entry.id,
+        ) from error
+    tokenizer = wrapper._tokenizer
+    ends = set(wrapper.eos_token_ids)
+    template = str(tokenizer.chat_template or "")
+    for text in _TURN_ENDS:
+        token_id = tokenizer.convert_tokens_to_ids(text)
+        if text in template and token_id is not None and token_id in tokenizer.all_special_ids:
+            ends.add(token_id)
+    return tokenizer, frozenset(int(end) for end in ends)
+
+
+def _build(entry: ModelEntry, dtype: str) -> Any:
+    """The model with its weights still lazy. On the MLX thread."""
+    from mlx_lm.utils import dequantize_model, load_model
+
+    try:
+        model, _ = load_model(entry.path, lazy=True, strict=True)
+    except Exception as error:  # whatever the files make mlx-lm raise
+        logger.exception("event=model_unusable model=%s", entry.id)
+        raise ModelUnusableError(_reason(entry, error), model=entry.id) from error
+    if not _is_batchable(model):
+        raise ModelUnusableError(
+            f"Model '{entry.id}' cannot be served: the KV cache of architecture "
+            f"'{entry.architecture}' cannot be batched.",
+            model=entry.id,
+        )
+    plan = plan_weights(entry.parameter_count, dtype)
+    if plan.dtype is not None:
+        model.set_dtype(plan.dtype)  # scales too: weights are then expanded in that dtype, unrounded
+    if plan.is_dequantized:
+        model = dequantize_model(model)
+    model.eval()
+    return model
+
+
+def _is_batchable(model: Any) -> bool:
+    """Whether every cache of the model can be merged into a batch, those inside a CacheList included."""
+    from mlx_lm.models.cache import CacheList, make_prompt_cache
+
+    def can_merge(cache: Any) -> bool:
+        if isinstance(cache, CacheList):
+            return all(can_merge(child) for child in cache.caches)
+        return hasattr(cache, "merge")
+
+    return all(can_merge(cache) for cache in make_prompt_cache(model))
+
+
+def _reason(entry: ModelEntry, error: Exception) -> str:
+    """Why a model cannot be loaded, without the exception's own words."""
+    text = str(error)
+    start = f"Model '{entry.id}' cannot be loaded: "
+    if "not supported" in text and isinstance(error, ValueError):
+        return f"{start}mlx-lm does not know its architecture, '{entry.architecture}'."
+    if "custom module" in text:
+        return f"{start}it needs Python code of its own, which is never run."
+    return f"{start}its files are damaged or do not belong together."
+
+
+def _groups(model: Any) -> Iterator[list[mx.array]]:
+    """The model's arrays, in groups that load in moderate time; private ones (rope tables) too."""
+    group: list[mx.array] = []
+    size = 0
+    for array in _arrays(model):
+        group.append(array)
+        size += array.nbytes
+        if size >= _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    yield group
+
+
+def _arrays(model: Any) -> Iterator[mx.array]:
+    for module in model.modules():
+        yield from _leaves(dict(module))
+        yield from _leaves(vars(module))
+
+
+def _leaves(tree: dict[str, Any]) -> Iterator[mx.array]:
+    """The arrays in a tree of dicts and lists; other modules are not entered."""
+    for value in tree.values():
+        if isinstance(value, mx.array):
+            yield value
+
+
+def _evaluate(entry: ModelEntry, arrays: list[mx.array]) -> None:
+    """Read a group of weights. On the MLX thread."""
+    try:
+        mx.eval(arrays)
+    except Exception as error:  # a read error of MLX's, or no memory
+        logger.exception("event=weights_unreadable model=%s", entry.id)
+        raise ModelUnusableError(
+            f"Model '{entry.id}' cannot be loaded: its weights cannot be read.", model=entry.id
+        ) from error
+
+
+def _probe(entry: ModelEntry, model: Any) -> tuple[int, int]:
+    """Run one token: the width of the logits and the bytes of the weights. On the MLX thread."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    try:
+        logits = model(mx.array([[0]]), cache=make_prompt_cache(model))[0, -1]
+        is_number = not bool(mx.isnan(logits).any().item())
+    except Exception as error:  # weights whose shapes do not fit one another show here
+        logger.exception("event=model_unusable model=%s", entry.id)
+        raise ModelUnusableError(_reason(entry, error), model=entry.id) from error
+    if not is_number:
+        raise ModelUnusableError(
+            f"Model '{entry.id}' cannot be served: its weights give no numbers.", model=entry.id
+        )
+    mx.clear_cache()
+    return int(logits.shape[-1]), sum(
+        array.nbytes for array in {id(array): array for array in _arrays(model)}.values()
+    )
