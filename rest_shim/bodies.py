@@ -1,0 +1,193 @@
+"""Request bodies: bytes to JSON to a checked schema, each failure a Refusal that names its place.
+
+The decoder is stricter than json.loads where leniency would surface later as a server error:
+duplicate keys, NaN, numbers beyond float64, lone surrogates (no UTF-8 form, so no protobuf string)
+and deep nesting are refused here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from typing import Annotated, NoReturn, TypeVar
+
+from aiohttp import web
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from rest_shim.errors import Refusal
+
+MAX_DEPTH = 128
+EMPTY_BODY_TEXT = "missing request body"
+
+# A union member's tag shows up in a pydantic error's location; this prefix tells it from a key.
+TAG_PREFIX = "~"
+
+# The error type whose message is shown as it is.
+VERBATIM = "verbatim"
+
+_Schema = TypeVar("_Schema", bound=BaseModel)
+
+
+class Body(BaseModel):
+    """Base of all schemas: unknown keys are ignored, null means absent, types are not coerced."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: object) -> object:
+        if isinstance(value, dict):
+            return {key: item for key, item in value.items() if item is not None}
+        return value
+
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# JSON has one number type: 2.0 is a whole number, as OpenAI's API takes it. True is not.
+Integer = Annotated[int, BeforeValidator(_whole)]
+
+
+def verbatim(message: str) -> PydanticCustomError:
+    """An error for validators whose whole text is shown to the client."""
+    # Braces would be taken for placeholders of pydantic's own formatting.
+    return PydanticCustomError(VERBATIM, "{text}", {"text": message})
+
+
+async def read_object(request: web.Request, timeout_seconds: float) -> dict[str, object]:
+    """The request's body as a JSON object, whatever its Content-Type (curl -d sends a form's).
+
+    Raises:
+        Refusal: It is too large, did not arrive in time, or is no JSON object.
+    """
+    limit = request.client_max_size
+    if request.content_length is not None and request.content_length > limit:
+        raise web.HTTPRequestEntityTooLarge(limit, request.content_length)
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            data = await request.read()
+    except TimeoutError:
+        raise Refusal(408, "The request body did not arrive in time.", code="request_timeout") from None
+    return parse_object(data)
+
+
+def parse_object(data: bytes) -> dict[str, object]:
+    """A JSON object from bytes.
+
+    Raises:
+        Refusal: The bytes are no JSON object that this server takes.
+    """
+    if not data.strip():
+        raise Refusal(400, EMPTY_BODY_TEXT)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise Refusal(400, "The request body is not valid UTF-8.") from None
+    value = _decode(text)
+    if not isinstance(value, dict):
+        raise Refusal(400, "The request body must be a JSON object.")
+    if text.count("{") + text.count("[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        _refuse_depth()
+    if "\\ud" in text or "\\uD" in text:
+        _refuse_lone_surrogates(value)
+    return value
+
+
+def validate(schema: type[_Schema], value: object) -> _Schema:
+    """A request checked against its schema.
+
+    Raises:
+        Refusal: With the JSON path of the first thing that is wrong as its param.
+    """
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise _refusal(first) from None
+
+
+def json_path(location: tuple[int | str, ...]) -> str:
+    """A pydantic location in JSON terms, for example "messages[0].content"."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not part.startswith(TAG_PREFIX):
+            path += f".{part}" if path else part
+    return path
+
+
+def _refusal(error: ErrorDetails) -> Refusal:
+    path = json_path(error["loc"])
+    match error["type"]:
+        case "missing":
+            message = f"Missing required parameter: '{path}'."
+        case "verbatim":
+            message = error["msg"]
+        case _:
+            reason = error["msg"].removeprefix("Value error, ").rstrip(".")
+            message = f"Invalid '{path}': {reason[:1].lower()}{reason[1:]}."
+    return Refusal(400, message, param=path or None)
+
+
+def _decode(text: str) -> object:
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        message = (
+            f"The request body is not valid JSON: {error.msg} (line {error.lineno} column {error.colno})."
+        )
+        raise Refusal(400, message) from None
+    except RecursionError:
+        _refuse_depth()
+    except ValueError:
+        # Python's own bound on the digits of an integer.
+        raise Refusal(400, "The request body holds a number that is too large.") from None
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise Refusal(400, "The request body holds an object with a duplicate key.")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise Refusal(400, "The request body holds a number that is too large.")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise Refusal(400, f"The request body is not valid JSON: {name} is not a JSON number.")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_constant=_no_constant)
+
+
+def _depth(value: object) -> int:
+    """Levels of nesting, without recursion."""
+    deepest = 0
+    pending: list[tuple[object, int]] = [(value, 1)]
+    while pending:
+        item, level = pending.pop()
+        if isinstance(item, dict | list):
+            deepest = max(deepest, level)
+            children = item.values() if isinstance(item, dict) else item
+            pending.extend((child, level + 1) for child in children if isinstance(child, dict | list))
+    return deepest
+
+
+def _refuse_depth() -> NoReturn:
+    raise Refusal(400, f"The request body is nested deeper than {MAX_DEPTH} levels.")
+
+
+def _refuse_lone_surrogates(value: object) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise Refusal(400, "The request body holds a lone surrogate, which is no character.") from None

@@ -1,0 +1,1 @@
+"""Ollama's API: what a request may hold, its conversion both ways, its routes."""

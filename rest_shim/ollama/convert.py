@@ -1,0 +1,336 @@
+"""Ollama's JSON to protobuf and back; pure functions.
+
+Clients read a zero as a missing value (Go omits it), so no duration and no count is ever 0.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import time
+from collections.abc import Iterable
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from osaurus_grpc.v1 import chat_pb2, model_pb2, sampling_pb2, usage_pb2
+from rest_shim.errors import Refusal
+from rest_shim.ollama import schema
+from rest_shim.ollama.duration import to_proto
+from rest_shim.wire import dump
+
+ROLES = {
+    "system": chat_pb2.ROLE_SYSTEM,
+    "developer": chat_pb2.ROLE_DEVELOPER,
+    "user": chat_pb2.ROLE_USER,
+    "assistant": chat_pb2.ROLE_ASSISTANT,
+    "tool": chat_pb2.ROLE_TOOL,
+}
+
+# Keeps the most probable token only, which is what top_p 0 means; the core takes values above 0.
+SMALLEST_TOP_P = 1e-6
+
+# What stands for "never" in expires_at.
+NEVER = "9999-12-31T23:59:59Z"
+
+_IMAGE_TYPES = (
+    (b"\x89PNG\r\n\x1a\n", "image/png"),
+    (b"\xff\xd8\xff", "image/jpeg"),
+    (b"GIF8", "image/gif"),
+    (b"RIFF", "image/webp"),
+)
+
+_CAPABILITIES = {
+    model_pb2.CAPABILITY_CHAT: "completion",
+    model_pb2.CAPABILITY_COMPLETION: "completion",
+    model_pb2.CAPABILITY_TOOLS: "tools",
+    model_pb2.CAPABILITY_REASONING: "thinking",
+    model_pb2.CAPABILITY_VISION: "vision",
+    model_pb2.CAPABILITY_EMBEDDING: "embedding",
+}
+
+
+def chat_request(body: schema.ChatBody) -> chat_pb2.ChatRequest:
+    """The core's request for an answer.
+
+    Raises:
+        Refusal: An image is not base64.
+    """
+    context = body.options.num_ctx
+    request = chat_pb2.ChatRequest(
+        model=body.model,
+        messages=[_message(message, index) for index, message in enumerate(body.messages)],
+        sampling=_sampling(body),
+        tools=[_tool(tool) for tool in body.tools],
+        max_context_tokens=context if context is not None and context > 0 else None,
+        keep_alive=keep_alive(body),
+    )
+    if body.format is not None:
+        if body.format:
+            request.response_format.json_schema.schema_json = dump(body.format)
+        else:
+            request.response_format.json_object.SetInParent()
+    if body.think is not None:
+        request.reasoning_enabled = body.think is not False
+        if isinstance(body.think, str):
+            request.reasoning_effort = body.think
+    return request
+
+
+def keep_alive(body: schema.ChatBody) -> Duration | None:
+    """How long the model stays loaded; None is the server's default."""
+    return None if body.keep_alive is None else to_proto(body.keep_alive)
+
+
+def _sampling(body: schema.ChatBody) -> sampling_pb2.SamplingParams:
+    options = body.options
+    limit = options.num_predict
+    if limit is not None and limit < 1:
+        # To the end of the context; Ollama reads 0 as it reads -1.
+        limit = schema.MAX_INT32
+    return sampling_pb2.SamplingParams(
+        temperature=options.temperature,
+        top_p=None if options.top_p is None else max(options.top_p, SMALLEST_TOP_P),
+        top_k=None if options.top_k is None else max(options.top_k, 0),
+        min_p=options.min_p,
+        repetition_penalty=options.repeat_penalty,
+        repetition_context=options.repeat_last_n,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        # -1 is Ollama's way to say "at random".
+        seed=None if options.seed == -1 else options.seed,
+        max_tokens=limit,
+        stop=options.stop,
+        top_logprobs=body.top_logprobs if body.logprobs else None,
+    )
+
+
+def _message(message: schema.Message, index: int) -> chat_pb2.Message:
+    content = (
+        [chat_pb2.ContentPart(text=message.content)] if message.content or not message.tool_calls else []
+    )
+    content += [
+        chat_pb2.ContentPart(image=_image(image, f"messages[{index}].images[{place}]"))
+        for place, image in enumerate(message.images)
+    ]
+    return chat_pb2.Message(
+        role=ROLES[message.role],
+        content=content,
+        name=message.tool_name,
+        tool_calls=[
+            chat_pb2.ToolCall(
+                id=call.id,
+                function=chat_pb2.FunctionCall(
+                    name=call.function.name, arguments_json=dump(call.function.arguments)
+                ),
+            )
+            for call in message.tool_calls
+        ],
+        tool_call_id=message.tool_call_id,
+        reasoning=message.thinking,
+    )
+
+
+def _image(encoded: str, path: str) -> chat_pb2.ImageContent:
+    try:
+        data = base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError):
+        raise Refusal(400, f"{path}: illegal base64 data", param=path) from None
+    kind = next((kind for magic, kind in _IMAGE_TYPES if data.startswith(magic)), "application/octet-stream")
+    return chat_pb2.ImageContent(data=data, mime_type=kind)
+
+
+def _tool(tool: schema.Tool) -> chat_pb2.Tool:
+    function = tool.function
+    return chat_pb2.Tool(
+        function=chat_pb2.FunctionTool(
+            name=function.name,
+            description=function.description,
+            parameters_json="" if function.parameters is None else dump(function.parameters),
+        )
+    )
+
+
+def timestamp(nanoseconds: int) -> str:
+    """RFC 3339 with nanoseconds, UTC, from nanoseconds since the epoch."""
+    seconds, fraction = divmod(nanoseconds, 1_000_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{fraction:09d}Z"
+
+
+def done_reason(reason: sampling_pb2.FinishReason.ValueType) -> str:
+    """Why an answer ended, in Ollama's words; a tool call is a stop here."""
+    is_cut = reason in (sampling_pb2.FINISH_REASON_LENGTH, sampling_pb2.FINISH_REASON_CONTEXT_LENGTH)
+    return "length" if is_cut else "stop"
+
+
+def metrics_json(usage: usage_pb2.Usage, timings: usage_pb2.Timings) -> dict[str, object]:
+    """The counts and the durations, in nanoseconds, of a finished answer."""
+    return {
+        "total_duration": max(1, timings.total_duration.ToNanoseconds()),
+        "load_duration": max(1, timings.load_duration.ToNanoseconds()),
+        "prompt_eval_count": max(1, usage.prompt_tokens),
+        "prompt_eval_duration": max(1, timings.prompt_duration.ToNanoseconds()),
+        # An answer that ends at once took one step, the one that chose its end.
+        "eval_count": max(1, usage.completion_tokens),
+        "eval_duration": max(1, timings.decode_duration.ToNanoseconds()),
+    }
+
+
+def logprobs_json(tokens: Iterable[sampling_pb2.ChosenTokenLogprob]) -> list[dict[str, object]]:
+    """Log-probabilities; the alternatives only where some were asked for."""
+    entries = []
+    for token in tokens:
+        entry = _token_json(token.chosen)
+        if token.top:
+            entry["top_logprobs"] = [_token_json(other) for other in token.top]
+        entries.append(entry)
+    return entries
+
+
+def _token_json(token: sampling_pb2.TokenLogprob) -> dict[str, object]:
+    return {
+        "token": token.token.decode("utf-8", "replace"),
+        "logprob": token.logprob,
+        "bytes": list(token.token),
+    }
+
+
+def tool_call_json(call: chat_pb2.ToolCall, index: int) -> dict[str, object]:
+    """A whole tool call, its arguments an object."""
+    try:
+        arguments = json.loads(call.function.arguments_json or "{}")
+    except ValueError:
+        # The answer was cut off in the middle of the arguments.
+        arguments = {}
+    function = {"index": index, "name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "function": function}
+
+
+def chat_json(response: chat_pb2.ChatResponse, model: str, now: int) -> dict[str, object]:
+    """A whole answer; model is the name as the client said it, now is in nanoseconds."""
+    choice = response.choices[0]
+    message: dict[str, object] = {
+        "role": "assistant",
+        "content": "".join(part.text for part in choice.message.content),
+    }
+    if choice.message.reasoning:
+        message["thinking"] = choice.message.reasoning
+    if choice.message.tool_calls:
+        message["tool_calls"] = [tool_call_json(call, i) for i, call in enumerate(choice.message.tool_calls)]
+    answer: dict[str, object] = {
+        "model": model,
+        "created_at": timestamp(now),
+        "message": message,
+        "done": True,
+        "done_reason": done_reason(choice.finish_reason),
+    }
+    if choice.logprobs.tokens:
+        answer["logprobs"] = logprobs_json(choice.logprobs.tokens)
+    return answer | metrics_json(response.usage, response.timings)
+
+
+def residence_json(model: str, reason: str, now: int) -> dict[str, object]:
+    """The answer to a chat without messages, which only loads or unloads."""
+    return {
+        "model": model,
+        "created_at": timestamp(now),
+        "message": {"role": "assistant", "content": ""},
+        "done": True,
+        "done_reason": reason,
+    }
+
+
+def parameter_size(count: int) -> str:
+    """A number of weights as Ollama writes it, for example "134.52M"; "" where it is not known."""
+    for unit, size, digits in (("B", 1e9, 1), ("M", 1e6, 2), ("K", 1e3, 0)):
+        if count >= size:
+            number = count / size
+            return f"{number:.0f}{unit}" if number.is_integer() else f"{number:.{digits}f}{unit}"
+    return str(count) if count else ""
+
+
+def details_json(model: model_pb2.Model) -> dict[str, object]:
+    """What kind of model it is."""
+    return {
+        "parent_model": "",
+        "format": "safetensors",
+        "family": model.architecture,
+        "families": [model.architecture] if model.architecture else [],
+        "parameter_size": parameter_size(model.parameter_count),
+        "quantization_level": model.quantization,
+    }
+
+
+def digest(model: model_pb2.Model) -> str:
+    """The digest with its algorithm, as Osaurus's API reference shows it."""
+    return f"sha256:{model.digest}"
+
+
+def capabilities(model: model_pb2.Model) -> list[str]:
+    """What it can do, in Ollama's words."""
+    names = (_CAPABILITIES.get(capability, "") for capability in model.capabilities)
+    return [name for name in dict.fromkeys(names) if name]
+
+
+def tag_json(model: model_pb2.Model) -> dict[str, object]:
+    """One model of /tags."""
+    details = details_json(model)
+    if model.context_length:
+        details["context_length"] = model.context_length
+    if model.embedding_length:
+        details["embedding_length"] = model.embedding_length
+    return {
+        "name": model.id,
+        "model": model.id,
+        "modified_at": model.modify_time.ToJsonString(),
+        "size": model.size_bytes,
+        "digest": digest(model),
+        "details": details,
+        "capabilities": capabilities(model),
+    }
+
+
+def running_json(models: Iterable[model_pb2.Model]) -> dict[str, object]:
+    """/ps: the models in memory, those that stay longest first."""
+    loaded = [model for model in models if model.state == model_pb2.MODEL_STATE_LOADED]
+    loaded.sort(key=lambda model: _expiry(model.expire_time), reverse=True)
+    return {
+        "models": [
+            {
+                "name": model.id,
+                "model": model.id,
+                "size": model.resident_bytes,
+                "digest": digest(model),
+                "details": details_json(model),
+                "expires_at": _expiry(model.expire_time),
+                "size_vram": model.resident_bytes,
+                "context_length": model.context_length,
+            }
+            for model in loaded
+        ]
+    }
+
+
+def _expiry(expire_time: Timestamp) -> str:
+    return expire_time.ToJsonString() if expire_time.seconds else NEVER
+
+
+def show_json(model: model_pb2.Model) -> dict[str, object]:
+    """/show: what is known of one model."""
+    info: dict[str, object] = {"general.architecture": model.architecture}
+    if model.parameter_count:
+        info["general.parameter_count"] = model.parameter_count
+    if model.context_length:
+        info[f"{model.architecture}.context_length"] = model.context_length
+    if model.embedding_length:
+        info[f"{model.architecture}.embedding_length"] = model.embedding_length
+    return {
+        "modelfile": "",
+        "parameters": "",
+        "template": model.chat_template,
+        "details": details_json(model),
+        "model_info": info,
+        "capabilities": capabilities(model),
+        "modified_at": model.modify_time.ToJsonString(),
+    }

@@ -1,0 +1,1 @@
+"""OpenAI's API: what a request may hold, its conversion both ways, its routes."""

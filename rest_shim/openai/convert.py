@@ -1,0 +1,312 @@
+"""OpenAI's JSON to protobuf and back; pure functions.
+
+Response shapes follow OpenAI's OpenAPI description, in which `refusal`, `logprobs` and
+`finish_reason` are required, if null.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterable
+from typing import Literal, assert_never
+
+from osaurus_grpc.v1 import chat_pb2, model_pb2, sampling_pb2, usage_pb2
+from rest_shim.errors import Refusal
+from rest_shim.openai import schema
+from rest_shim.wire import dump
+
+ROLES = {
+    "system": chat_pb2.ROLE_SYSTEM,
+    "developer": chat_pb2.ROLE_DEVELOPER,
+    "user": chat_pb2.ROLE_USER,
+    "assistant": chat_pb2.ROLE_ASSISTANT,
+    "tool": chat_pb2.ROLE_TOOL,
+}
+
+# Keeps the most probable token only, which is what top_p 0 means; the core takes values above 0.
+SMALLEST_TOP_P = 1e-6
+
+_DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
+_TOKEN_ID = re.compile(r"[0-9]{1,10}", re.ASCII)
+
+_TOOL_CHOICE_MODES = {
+    "auto": chat_pb2.TOOL_CHOICE_MODE_AUTO,
+    "none": chat_pb2.TOOL_CHOICE_MODE_NONE,
+    "required": chat_pb2.TOOL_CHOICE_MODE_REQUIRED,
+    "function": chat_pb2.TOOL_CHOICE_MODE_FUNCTION,
+}
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+def chat_request(body: schema.ChatBody) -> chat_pb2.ChatRequest:
+    """The core's request for a chat completion.
+
+    Raises:
+        Refusal: Fields contradict each other, or an image is not usable.
+    """
+    _check(body)
+    request = chat_pb2.ChatRequest(
+        model=body.model,
+        messages=[_message(message, f"messages[{index}]") for index, message in enumerate(body.messages)],
+        sampling=_sampling(body),
+        tools=[_tool(tool) for tool in body.tools],
+        parallel_tool_calls=body.parallel_tool_calls,
+        choice_count=body.n,
+        session_id=body.session_id,
+        reasoning_effort=body.reasoning_effort,
+    )
+    if body.tool_choice is not None and body.tools:
+        request.tool_choice.mode = _TOOL_CHOICE_MODES[body.tool_choice.type]
+        if body.tool_choice.function is not None:
+            request.tool_choice.function_name = body.tool_choice.function.name
+    if body.response_format is not None:
+        _set_response_format(request, body.response_format)
+    if body.chat_template_kwargs is not None:
+        request.chat_template_kwargs_json = dump(body.chat_template_kwargs)
+    if body.reasoning_effort == "none":
+        request.reasoning_enabled = False
+    return request
+
+
+def _check(body: schema.ChatBody) -> None:
+    if body.stream_options is not None and not body.stream:
+        raise Refusal(400, "'stream_options' is only allowed when 'stream' is true.", param="stream_options")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise Refusal(400, "'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs")
+    choice = body.tool_choice
+    if choice is None:
+        return
+    if choice.type == "function" and choice.function is None:
+        raise Refusal(
+            400, "Missing required parameter: 'tool_choice.function'.", param="tool_choice.function"
+        )
+    if choice.type in {"required", "function"} and not body.tools:
+        raise Refusal(400, "'tool_choice' is only allowed when 'tools' are given.", param="tool_choice")
+    names = {tool.function.name for tool in body.tools}
+    if choice.function is not None and choice.type == "function" and choice.function.name not in names:
+        raise Refusal(
+            400,
+            f"'tool_choice' names '{choice.function.name}', which is not in 'tools'.",
+            param="tool_choice",
+        )
+
+
+def _sampling(body: schema.ChatBody) -> sampling_pb2.SamplingParams:
+    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    return sampling_pb2.SamplingParams(
+        temperature=body.temperature,
+        top_p=None if body.top_p is None else max(body.top_p, SMALLEST_TOP_P),
+        top_k=None if body.top_k is None else max(body.top_k, 0),
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias={_token_id(key): value for key, value in body.logit_bias.items()},
+        seed=body.seed,
+        max_tokens=limit,
+        stop=body.stop,
+        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+
+
+def _token_id(key: str) -> int:
+    if not _TOKEN_ID.fullmatch(key) or int(key) > schema.MAX_INT32:
+        raise Refusal(400, "Invalid 'logit_bias': keys must be token ids of the model.", param="logit_bias")
+    return int(key)
+
+
+def _message(message: schema.Message, path: str) -> chat_pb2.Message:
+    if message.content is None and not (message.role == "assistant" and message.tool_calls):
+        raise Refusal(400, f"Missing required parameter: '{path}.content'.", param=f"{path}.content")
+    if message.role == "tool" and not message.tool_call_id:
+        raise Refusal(
+            400, f"Missing required parameter: '{path}.tool_call_id'.", param=f"{path}.tool_call_id"
+        )
+    return chat_pb2.Message(
+        role=ROLES[message.role],
+        content=[_part(part, f"{path}.content[{i}]") for i, part in enumerate(message.content or [])],
+        name=message.name,
+        tool_calls=[
+            chat_pb2.ToolCall(
+                id=call.id,
+                function=chat_pb2.FunctionCall(
+                    name=call.function.name, arguments_json=call.function.arguments
+                ),
+            )
+            for call in message.tool_calls
+        ],
+        tool_call_id=message.tool_call_id,
+        reasoning=message.reasoning_content,
+    )
+
+
+def _part(part: schema.TextPart | schema.RefusalPart | schema.ImagePart, path: str) -> chat_pb2.ContentPart:
+    match part:
+        case schema.TextPart():
+            return chat_pb2.ContentPart(text=part.text)
+        case schema.RefusalPart():
+            return chat_pb2.ContentPart(text=part.refusal)
+        case schema.ImagePart():
+            return chat_pb2.ContentPart(image=image_from_url(part.image_url.url, f"{path}.image_url.url"))
+        case _:
+            assert_never(part)
+
+
+def image_from_url(url: str, path: str) -> chat_pb2.ImageContent:
+    """The image inside a data: URL (RFC 2397, base64 only).
+
+    Raises:
+        Refusal: With path as its param: the URL is remote or malformed.
+    """
+    head = _DATA_URL.match(url)
+    if head is None:
+        text = "Remote images are not fetched; send the image as a 'data:IMAGE_TYPE;base64,...' URL."
+        raise Refusal(400, text, param=path)
+    try:
+        data = base64.b64decode(url[head.end() :], validate=True)
+    except (binascii.Error, ValueError):
+        raise Refusal(400, f"Invalid '{path}': the data is not valid base64.", param=path) from None
+    return chat_pb2.ImageContent(data=data, mime_type=head[1] or "application/octet-stream")
+
+
+def _tool(tool: schema.Tool) -> chat_pb2.Tool:
+    function = tool.function
+    return chat_pb2.Tool(
+        function=chat_pb2.FunctionTool(
+            name=function.name,
+            description=function.description,
+            parameters_json="" if function.parameters is None else dump(function.parameters),
+            strict=function.strict,
+        )
+    )
+
+
+def _set_response_format(request: chat_pb2.ChatRequest, wanted: schema.ResponseFormat) -> None:
+    match wanted.type:
+        case "text":
+            return
+        case "json_object":
+            request.response_format.json_object.SetInParent()
+        case "json_schema":
+            definition = wanted.json_schema
+            if definition is None:
+                path = "response_format.json_schema"
+                raise Refusal(400, f"Missing required parameter: '{path}'.", param=path)
+            request.response_format.json_schema.CopyFrom(
+                chat_pb2.JsonSchemaFormat(
+                    name=definition.name,
+                    schema_json=dump(definition.definition),
+                    strict=definition.strict,
+                )
+            )
+        case _:
+            assert_never(wanted.type)
+
+
+_RENAMED = {
+    "choice_count": "n",
+    "tool_choice.function_name": "tool_choice.function.name",
+    "response_format.json_schema.schema_json": "response_format.json_schema.schema",
+}
+
+
+def json_path(field: str) -> str:
+    """A field of the protobuf request as the path in OpenAI's JSON, for an error's `param`."""
+    if field in _RENAMED:
+        return _RENAMED[field]
+    path = field.removeprefix("chat.").removeprefix("sampling.").removesuffix("_json")
+    return re.sub(r"(content\[\d+\])\.image\b", r"\1.image_url", path)
+
+
+def finish_reason(reason: sampling_pb2.FinishReason.ValueType) -> FinishReason:
+    """OpenAI's coarser reason; an unknown one comes from a newer core and reads as a plain end."""
+    if reason in (sampling_pb2.FINISH_REASON_LENGTH, sampling_pb2.FINISH_REASON_CONTEXT_LENGTH):
+        return "length"
+    return "tool_calls" if reason == sampling_pb2.FINISH_REASON_TOOL_CALLS else "stop"
+
+
+def usage_json(usage: usage_pb2.Usage) -> dict[str, object]:
+    """Token counts."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_prompt_tokens, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": usage.reasoning_tokens,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    }
+
+
+def logprobs_json(tokens: Iterable[sampling_pb2.ChosenTokenLogprob]) -> dict[str, object]:
+    """Log-probabilities of a choice or a chunk."""
+    content = [
+        {**_token_json(token.chosen), "top_logprobs": [_token_json(other) for other in token.top]}
+        for token in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _token_json(token: sampling_pb2.TokenLogprob) -> dict[str, object]:
+    return {
+        # A token need not be whole characters; `bytes` is exact where this is not.
+        "token": token.token.decode("utf-8", "replace"),
+        "logprob": token.logprob,
+        "bytes": list(token.token),
+    }
+
+
+def tool_call_json(call: chat_pb2.ToolCall) -> dict[str, object]:
+    """A whole tool call."""
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.function.name, "arguments": call.function.arguments_json},
+    }
+
+
+def _choice_json(choice: chat_pb2.ChatChoice) -> dict[str, object]:
+    text = "".join(part.text for part in choice.message.content)
+    calls = [tool_call_json(call) for call in choice.message.tool_calls]
+    message: dict[str, object] = {"role": "assistant", "content": text if text or not calls else None}
+    if choice.message.reasoning:
+        message["reasoning_content"] = choice.message.reasoning
+    if calls:
+        message["tool_calls"] = calls
+    message |= {"refusal": None, "annotations": []}
+    return {
+        "index": choice.index,
+        "message": message,
+        "finish_reason": finish_reason(choice.finish_reason),
+        "logprobs": logprobs_json(choice.logprobs.tokens) if choice.HasField("logprobs") else None,
+    }
+
+
+def chat_json(response: chat_pb2.ChatResponse, created: int) -> dict[str, object]:
+    """A whole chat completion; created is in Unix seconds."""
+    return {
+        "id": response.id,
+        "object": "chat.completion",
+        "created": created,
+        "model": response.model,
+        "choices": [_choice_json(choice) for choice in response.choices],
+        "usage": usage_json(response.usage),
+        "service_tier": "default",
+        "system_fingerprint": response.system_fingerprint,
+    }
+
+
+def model_json(model: model_pb2.Model) -> dict[str, object]:
+    """One model of the list."""
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": model.modify_time.seconds,
+        "owned_by": "osaurus",
+    }

@@ -1,0 +1,63 @@
+"""The routes that tell how the server is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from aiohttp import web
+
+from rest_shim.backend import Backend
+from rest_shim.callers import caller_of
+from rest_shim.errors import CoreError
+from rest_shim.metrics import CONTENT_TYPE, HttpMetrics
+from rest_shim.routing import Dialect, Route, later
+from rest_shim.wire import json_response
+
+RUNNING_TEXT = "Osaurus is running"
+
+
+class StatusRoutes:
+    """Handlers of what belongs to no dialect."""
+
+    def __init__(self, backend: Backend, metrics: HttpMetrics) -> None:
+        self._backend = backend
+        self._metrics = metrics
+
+    def routes(self) -> Sequence[Route]:
+        """What there is and what is to come."""
+        return (
+            Route("GET", "/", self.running, Dialect.OPENAI),
+            Route("GET", "/health", self.health, Dialect.OPENAI),
+            Route("GET", "/metrics", self.metrics, Dialect.OPENAI),
+            later("GET", "/openapi.json", Dialect.OPENAI, "The OpenAPI description"),
+            later("GET", "/ui", Dialect.OPENAI, "The web page"),
+            later("POST", "/messages", Dialect.ANTHROPIC, "Anthropic's Messages API"),
+            later("POST", "/messages/count_tokens", Dialect.ANTHROPIC, "Anthropic's token counting"),
+        )
+
+    async def running(self, _request: web.Request) -> web.StreamResponse:
+        """GET /."""
+        return web.Response(text=RUNNING_TEXT)
+
+    async def health(self, _request: web.Request) -> web.StreamResponse:
+        """GET /health: whether an answer can be had, so the core is asked too."""
+        is_serving = await self._backend.is_serving()
+        body = {
+            "status": "ok" if is_serving else "unavailable",
+            "timestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+        if is_serving:
+            return json_response(body)
+        return json_response(body, status=503, headers={"Retry-After": "2"})
+
+    async def metrics(self, request: web.Request) -> web.StreamResponse:
+        """GET /metrics. Where the core asks for a key, so does this; a dead core is no reason not to
+        answer, since that is when metrics are wanted.
+        """
+        try:
+            await self._backend.get_model("", caller_of(request))
+        except CoreError as error:
+            if error.code == "UNAUTHENTICATED":
+                raise
+        return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})

@@ -1,0 +1,213 @@
+"""Writing answers: JSON, server-sent events, lines of JSON.
+
+A stream's response begins with its first frame, so that a request which fails before it still gets
+a real HTTP status. Every frame goes out in one write: parsers exist that lose an event which is
+split across reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import Protocol, Self
+
+from aiohttp import web
+
+from osaurus_grpc.v1 import chat_pb2
+from rest_shim.errors import CoreError, Refusal, internal_refusal, refusal_from_core
+
+log = logging.getLogger(__name__)
+
+SSE_DONE = b"data: [DONE]\n\n"
+SSE_KEEP_ALIVE = b": keep-alive\n\n"
+
+# no-transform and X-Accel-Buffering keep proxies from holding events back.
+SSE_HEADERS: Mapping[str, str] = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-cache, no-transform",
+    "Connection": "keep-alive",
+    "X-Accel-Buffering": "no",
+}
+NDJSON_HEADERS: Mapping[str, str] = {
+    "Content-Type": "application/x-ndjson",
+    "Cache-Control": "no-cache, no-transform",
+    "Connection": "keep-alive",
+}
+
+_dump = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+def dump(value: object) -> str:
+    """Compact JSON in ASCII: raw U+2028 and U+0085 count as line ends to some clients."""
+    return _dump(value)
+
+
+def json_response(
+    value: object,
+    *,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+    content_type: str = "application/json",
+) -> web.Response:
+    """A whole answer."""
+    return web.Response(
+        body=dump(value).encode("ascii"),
+        status=status,
+        headers={**(headers or {}), "Content-Type": content_type},
+    )
+
+
+def sse_frame(value: object) -> bytes:
+    """One server-sent event."""
+    return f"data: {dump(value)}\n\n".encode("ascii")
+
+
+def ndjson_line(value: object) -> bytes:
+    """One line of JSON."""
+    return f"{dump(value)}\n".encode("ascii")
+
+
+class HttpStream:
+    """A streamed response, begun by its first frame.
+
+    An async context manager: inside it, where keep_alive_seconds is given, a comment is sent
+    whenever nothing else was for so long. That begins the response too: a client behind a proxy
+    must see a byte even while a model loads.
+    """
+
+    def __init__(
+        self, request: web.Request, headers: Mapping[str, str], *, keep_alive_seconds: float | None = None
+    ) -> None:
+        self._request = request
+        self._response = web.StreamResponse(headers=headers)
+        if not request.keep_alive:
+            del self._response.headers["Connection"]
+        self._keep_alive_seconds = keep_alive_seconds
+        self._loop = asyncio.get_running_loop()
+        self._last_sent = self._loop.time()
+        self._starting = asyncio.Lock()
+        self._beat: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._keep_alive_seconds is not None:
+            self._beat = asyncio.create_task(self._keep_alive(self._keep_alive_seconds))
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.quiet()
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the status line is decided."""
+        return self._response.prepared
+
+    async def send(self, frames: bytes) -> None:
+        """Write whole frames at once."""
+        if not self._response.prepared:
+            await self._start()
+        self._last_sent = self._loop.time()
+        await self._response.write(frames)
+
+    async def finish(self) -> web.StreamResponse:
+        """End the response; the connection stays open for the next request."""
+        await self.quiet()
+        if not self._response.prepared:
+            await self._start()
+        await self._response.write_eof()
+        return self._response
+
+    async def fail(self, frames: bytes) -> web.StreamResponse:
+        """End a begun response with an error's frames, and the connection with it."""
+        self._response.force_close()
+        await self.send(frames)
+        return await self.finish()
+
+    async def quiet(self) -> None:
+        """Send no more comments. Afterwards is_started changes only by send()."""
+        if self._beat is None:
+            return
+        # The beat holds the lock while it writes, so it is never cut off in the middle.
+        async with self._starting:
+            self._beat.cancel()
+        self._beat = None
+
+    async def _start(self) -> None:
+        async with self._starting:
+            if not self._response.prepared:
+                await self._response.prepare(self._request)
+
+    async def _keep_alive(self, interval: float) -> None:
+        while True:
+            remaining = self._last_sent + interval - self._loop.time()
+            if remaining > 0:
+                await asyncio.sleep(remaining)
+                continue
+            try:
+                await self._start()
+                async with self._starting:
+                    self._last_sent = self._loop.time()
+                    await self._response.write(SSE_KEEP_ALIVE)
+            except ConnectionError:
+                # The client left; the request's own task learns of it by being cancelled.
+                return
+
+
+class ChatEncoder(Protocol):
+    """A dialect's view of an answer's stream: events in, frames out."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last event of the stream's grammar was seen."""
+
+    def encode(self, event: chat_pb2.ChatStreamResponse) -> bytes:
+        """The frames of one event; empty where the dialect shows nothing."""
+
+    def failure(self, refusal: Refusal) -> bytes:
+        """The frame that ends a begun stream with an error."""
+
+
+async def relay(
+    stream: HttpStream,
+    events: AbstractAsyncContextManager[AsyncIterable[chat_pb2.ChatStreamResponse]],
+    encoder: ChatEncoder,
+    json_path: Callable[[str], str] = str,
+) -> web.StreamResponse:
+    """Pass an answer's events on to the client.
+
+    Raises:
+        CoreError: The stream failed before its first byte.
+    """
+    async with stream:
+        try:
+            async with events as call:
+                async for event in call:
+                    if frames := encoder.encode(event):
+                        await stream.send(frames)
+            if not encoder.is_complete:
+                # An OK status in mid-answer: not a stream of this contract.
+                raise CoreError("INTERNAL")
+            return await stream.finish()
+        except ConnectionError:
+            raise
+        except Exception as error:
+            await stream.quiet()
+            if not stream.is_started:
+                raise
+            return await stream.fail(encoder.failure(_stream_refusal(error, json_path)))
+
+
+def _stream_refusal(error: Exception, json_path: Callable[[str], str]) -> Refusal:
+    if isinstance(error, CoreError):
+        log.warning("stream failed code=%s reason=%s", error.code, error.reason or "-")
+        return refusal_from_core(error, json_path)
+    log.error("stream failed", exc_info=error)
+    return internal_refusal()
