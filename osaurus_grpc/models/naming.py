@@ -19,8 +19,8 @@ MAX_PART_CHARS = 96
 
 _LATEST = ":latest"
 _QUANTIZATION_TOKEN = re.compile(
-    r"""\d+(\.\d+)?bit | bit | [bf]p?16 | fp?32 | fp8 | u?int[48] | mx ?fp[48] | nvfp4 | q\d\w*
-    | dwq | awq | gptq | gguf | mlx | g\d+ | gs\d+ | hi | lo""",
+    r"""\d+(\.\d+)?bit | bit | b?fp?16 | fp?32 | fp8 | u?int[48] | mx ?fp[48] | nvfp4 | q\d\w*
+    | dwq | awq | gptq | gguf | mlx | g\d+ | gs\d+""",
     re.VERBOSE,
 )
 _DATE_TOKEN = re.compile(r"\d{4,8}")

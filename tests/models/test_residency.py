@@ -1,0 +1,205 @@
+"""Models in memory, on the real engine: shared loads, leases, keep-alive, eviction, broken folders."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from osaurus_grpc.engine.engine import Engine
+from osaurus_grpc.engine.types import GenerationFinished, GenerationRequest, SamplingParams
+from osaurus_grpc.errors import DrainingError, InsufficientMemoryError, ModelUnusableError
+from osaurus_grpc.models.catalog import Catalog, ModelEntry
+from osaurus_grpc.models.residency import LoadedModel, ResidenceState, Residency
+
+
+@asynccontextmanager
+async def residency(
+    *, max_loaded_models: int = 2, keep_alive_seconds: float = -1.0
+) -> AsyncIterator[tuple[Engine, Residency]]:
+    engine = Engine(max_batch_size=4, max_waiting_requests=8, prefill_chunk_tokens=256)
+    await engine.start()
+    models = Residency(
+        engine, max_loaded_models=max_loaded_models, keep_alive_seconds=keep_alive_seconds, dtype="auto"
+    )
+    try:
+        yield engine, models
+    finally:
+        await models.close()
+        await engine.stop()
+
+
+@pytest.fixture
+def entry(tiny_dir: Path) -> ModelEntry:
+    return Catalog(tiny_dir).find("tiny-llama")
+
+
+def copies(tiny_dir: Path, target: Path, *names: str) -> list[ModelEntry]:
+    for name in names:
+        shutil.copytree(tiny_dir / "tiny-llama", target / name)
+    catalog = Catalog(target)
+    return [catalog.find(name) for name in names]
+
+
+async def generate(engine: Engine, model: LoadedModel) -> None:
+    asked = GenerationRequest("r", model.entry.id, (1, 2, 3), 3, SamplingParams(temperature=0.0))
+    events = [event async for event in engine.generate(asked)]
+    assert isinstance(events[-1], GenerationFinished)
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110  (unloading has no event for a test to wait on)
+            await asyncio.sleep(0.01)
+
+
+async def test_a_load_in_progress_is_shared(entry):
+    async with residency() as (engine, models):
+        leases = await asyncio.gather(*(models.load(entry) for _ in range(5)))
+        assert len({id(lease.model) for lease in leases}) == 1
+        assert all(lease.load_seconds > 0 for lease in leases)
+        assert models.residence(entry.id).state is ResidenceState.LOADED
+        assert models.residence(entry.id).resident_bytes > 3_000_000 * 4
+        async with models.lease(entry) as again:
+            assert again.load_seconds == 0.0
+            assert again.model is leases[0].model
+            await generate(engine, again.model)
+        assert again.model.context_length == 2048
+        assert again.model.vocab_size == 49152
+        assert again.model.fingerprint.startswith("fp_")
+        end = again.model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert end in again.model.eos_token_ids
+
+
+async def test_a_load_goes_on_when_its_first_waiter_leaves(entry):
+    async with residency() as (_, models):
+        first = asyncio.create_task(models.load(entry))
+        second = asyncio.create_task(models.load(entry))
+        await asyncio.sleep(0.01)
+        assert models.residence(entry.id).state is ResidenceState.LOADING
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert (await second).model.entry is entry
+
+
+async def test_unloading_waits_for_leases_and_frees(entry):
+    async with residency() as (engine, models):
+        async with models.lease(entry) as lease:
+            unloading = asyncio.create_task(models.unload(entry.id))
+            await asyncio.sleep(0.05)
+            assert not unloading.done()
+            await generate(engine, lease.model)
+        assert await unloading is True
+        assert models.residence(entry.id).state is ResidenceState.AVAILABLE
+        assert await models.unload(entry.id) is False
+        await generate(engine, (await models.load(entry)).model)
+
+
+async def test_keep_alive_of_zero_unloads_after_use_and_a_new_use_stops_the_clock(entry):
+    async with residency(keep_alive_seconds=600) as (_, models):
+        await models.load(entry)
+        assert models.residence(entry.id).expire_time is not None
+        async with models.lease(entry, keep_alive_seconds=0):
+            assert models.residence(entry.id).expire_time is None
+        await eventually(lambda: models.residence(entry.id).state is ResidenceState.AVAILABLE)
+        async with models.lease(entry, keep_alive_seconds=-1):
+            pass
+        assert models.residence(entry.id).expire_time is None
+        assert models.residence(entry.id).state is ResidenceState.LOADED
+
+
+async def test_the_least_recently_used_idle_model_makes_way(tiny_dir, tmp_path):
+    first, second, third = copies(tiny_dir, tmp_path, "a", "b", "c")
+    async with residency(max_loaded_models=2) as (engine, models):
+        await models.load(first)
+        await models.load(second)
+        await models.load(first)
+        lease = await models.load(third)
+        await generate(engine, lease.model)
+        states = [models.residence(e.id).state for e in (first, second, third)]
+        assert states == [ResidenceState.LOADED, ResidenceState.AVAILABLE, ResidenceState.LOADED]
+        async with models.lease(first), models.lease(third):
+            with pytest.raises(InsufficientMemoryError):
+                await models.load(second)
+        await models.load(second)
+
+
+async def test_replaced_files_are_loaded_anew(tiny_dir, tmp_path):
+    (entry,) = copies(tiny_dir, tmp_path, "a")
+    async with residency() as (_, models):
+        before = (await models.load(entry)).model
+        weights = tmp_path / "a" / "model.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+        changed = Catalog(tmp_path).find("a")
+        assert changed.digest != entry.digest
+        after = (await models.load(changed)).model
+        assert after is not before
+        assert after.fingerprint != before.fingerprint
+
+
+async def test_nothing_is_leased_after_close(entry):
+    async with residency() as (_, models):
+        await models.load(entry)
+        await models.close()
+        with pytest.raises(DrainingError):
+            await models.load(entry)
+
+
+def break_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "no-such-architecture"}))
+
+
+def break_shapes(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
+
+
+def break_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def cut_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def ask_for_code(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_file": "evil.py"}))
+    (folder / "evil.py").write_text("raise SystemExit('this must never run')")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (break_config, "no-such-architecture"),
+        (break_shapes, "damaged"),
+        (break_tokenizer, "tokenizer"),
+        (cut_weights, "cannot be"),
+        (ask_for_code, "code of its own"),
+    ],
+)
+async def test_a_broken_model_is_refused_and_the_others_go_on(
+    tiny_dir, tmp_path, damage: Callable[[Path], Awaitable[None]], says
+):
+    good, bad = copies(tiny_dir, tmp_path, "good", "bad")
+    damage(tmp_path / "bad")
+    async with residency() as (engine, models):
+        lease = await models.load(good)
+        for _ in range(2):  # the second try fails alike, and does not hang on the first
+            with pytest.raises(ModelUnusableError) as refused:
+                await models.load(bad)
+            assert says in refused.value.message
+            assert str(tmp_path) not in refused.value.message
+        assert models.residence("bad").state is ResidenceState.AVAILABLE
+        await generate(engine, lease.model)
