@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except app.StartError as error:
         sys.stderr.write(f"osaurus-core: {error}\n")
         return 1
+    finally:
+        # The gRPC server sits in reference cycles. Freed by the interpreter's own end, it waits for a
+        # thread that the end stops by force, and the process dies of SIGABRT.
+        gc.collect()
     return 0
 
 

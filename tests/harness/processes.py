@@ -194,8 +194,10 @@ def _wait_for_health(process: Process, seconds: float = START_SECONDS) -> None:
     while time.monotonic() < deadline:
         if process.popen.poll() is not None:
             raise ProcessFailedError(f"it ended with status {process.popen.returncode}\n{process.log()}")
-        with contextlib.suppress(urllib.error.URLError, TimeoutError):
-            with urllib.request.urlopen(f"{process.url}/health", timeout=5):  # noqa: S310 - our own http URL
-                return
-        time.sleep(_POLL_SECONDS)
+        try:
+            urllib.request.urlopen(f"{process.url}/health", timeout=5).close()  # noqa: S310 - our own http URL
+        except (urllib.error.URLError, TimeoutError):
+            time.sleep(_POLL_SECONDS)
+        else:
+            return
     raise ProcessFailedError("its /health did not answer in time")

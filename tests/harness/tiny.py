@@ -23,7 +23,7 @@ def build(target: Path, tokenizer_from: Path, *, context_length: int = CONTEXT_L
     """
     original = json.loads((tokenizer_from / "config.json").read_text())
     vocab_size = int(original["vocab_size"])
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     for path in tokenizer_from.iterdir():
         if path.name.startswith("tokenizer") or path.name in {
             "generation_config.json",
