@@ -3,10 +3,10 @@
 A chat template writes control tokens such as `<|im_end|>` as text, and tokenizing the rendered text
 turns them into single tokens, wherever they came from. A web page pasted into a message could thus
 end the user's turn and begin a system turn of its own. Most local servers let it. Here, a special
-token's name inside a message is cut after its first character with a private-use character before
-the template renders it, and the rendered text is tokenized in the pieces between the cuts, so the
-model reads the name spelled out. Conversations without such names, nearly all, take no other path
-than before.
+token's name inside a message is cut after its first character, by a rare character that the
+conversation does not hold, before the template renders it; the rendered text is tokenized in the
+pieces between the cuts, so the model reads the name spelled out. Conversations without such names,
+nearly all of them, are rendered and tokenized as they are.
 
 Only tokens that the tokenizer marks special are treated so. Others (`<think>`, `<tool_call>` in many
 vocabularies) are part of what templates look for in messages, and give no turn away.
@@ -24,7 +24,9 @@ from osaurus_grpc.chat.types import JSON
 if TYPE_CHECKING:  # transformers takes a second to import, and callers bring the object
     from transformers import PreTrainedTokenizerBase
 
-_PRIVATE_USE = range(0xF0000, 0xFFFFE)
+# CJK extension B, of which some are always unused. Printable, since templates that print an object
+# would escape a private-use character.
+_RARE = range(0x20000, 0x2A6D7)
 _NOTHING = re.compile("(?!)")
 
 
@@ -42,7 +44,7 @@ class Shield:
         self._mark = ""
         if any(map(self._names.search, texts)):
             used = set().union(*texts)
-            self._mark = next(char for char in map(chr, _PRIVATE_USE) if char not in used)
+            self._mark = next(char for char in map(chr, _RARE) if char not in used)
 
     def cut(self, value: JSON) -> JSON:
         """Returns the value with every special token's name in its strings and keys cut."""
