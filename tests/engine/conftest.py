@@ -117,3 +117,10 @@ async def answer(engine: Engine, asked: GenerationRequest) -> list[int]:
     events = await collect(engine, asked)
     assert isinstance(events[-1], GenerationFinished)
     return token_ids(events)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that the engine does by itself."""
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110  (the engine has no event for a test to wait on)
+            await asyncio.sleep(0)

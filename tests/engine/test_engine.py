@@ -1,4 +1,4 @@
-"""The engine on tiny random models: batching changes nothing, and whatever happens to one request stays its own."""
+"""The engine on tiny random models: batching changes nothing, and one request's trouble stays its own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from osaurus_grpc.errors import (
 )
 from osaurus_grpc.models.platform import mx
 
-from .conftest import GREEDY, VOCAB, answer, collect, request, running_engine, token_ids
+from .conftest import GREEDY, VOCAB, answer, collect, request, running_engine, token_ids, until
 
 
 def prompts(count: int, seed: int = 0) -> list[tuple[int, ...]]:
@@ -136,8 +136,7 @@ async def test_a_long_prompt_does_not_stall_running_streams(engine):
                 log.append("token")
 
     async def long_prompt() -> None:
-        while len(log) < 5:
-            await asyncio.sleep(0)
+        await until(lambda: len(log) >= 5)
         async for event in engine.generate(request(prompt=(5,) * 1500, max_tokens=1)):
             if isinstance(event, PrefillProgress):
                 log.append("chunk")
@@ -159,8 +158,7 @@ async def test_a_short_prompt_passes_a_long_one(engine):
 
     async with asyncio.timeout(60):
         long_one = asyncio.create_task(ask("long", 4000))
-        while not engine.stats().running:
-            await asyncio.sleep(0)
+        await until(lambda: engine.stats().running == 1)
         await ask("short", 10)
         await long_one
     assert order == ["short", "long"]
@@ -172,8 +170,7 @@ async def test_cancelling_frees_the_place(stage):
         blocker = None
         if stage == "queue":
             blocker = asyncio.create_task(answer(engine, request(max_tokens=150)))
-            while not engine.stats().running:
-                await asyncio.sleep(0)
+            await until(lambda: engine.stats().running == 1)
         length = 3000 if stage == "prefill" else 3
         generation = engine.generate(request(prompt=(1,) * length, max_tokens=100_000))
         if stage != "queue":
@@ -221,8 +218,7 @@ async def test_cancelling_does_not_change_the_others(engine):
 async def test_the_queue_is_bounded():
     async with running_engine(max_batch_size=1, max_waiting_requests=2) as engine:
         tasks = [asyncio.create_task(answer(engine, request(max_tokens=60))) for _ in range(3)]
-        while engine.stats().running != 1:
-            await asyncio.sleep(0)
+        await until(lambda: engine.stats().running == 1)
         with pytest.raises(OverloadedError) as refused:
             await answer(engine, request())
         assert refused.value.retry_after_seconds

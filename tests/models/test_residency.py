@@ -182,7 +182,7 @@ def ask_for_code(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (break_config, "no-such-architecture"),
+        (break_config, "does not know its architecture"),
         (break_shapes, "damaged"),
         (break_tokenizer, "tokenizer"),
         (cut_weights, "cannot be"),

@@ -1,0 +1,167 @@
+"""Sampling against a plain numpy implementation, row by row, over random logits and settings."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from osaurus_grpc.engine.sampling import BatchSampler, RowSampler
+from osaurus_grpc.engine.types import SamplingParams
+from osaurus_grpc.models.platform import mx
+
+VOCAB = 40
+STEPS = 6
+
+
+def reference_token(
+    logits: np.ndarray, params: SamplingParams, draw: float, prompt: list[int], generated: list[int]
+) -> tuple[int, np.ndarray]:
+    """The token a step must choose and the log-probabilities it must report."""
+    logits = logits.astype(np.float64).copy()
+    if params.repetition_penalty != 1.0 and params.repetition_context != 0:
+        seen = [*prompt, *generated]
+        if params.repetition_context > 0:
+            seen = seen[-params.repetition_context :]
+        for token in set(seen):
+            logits[token] *= params.repetition_penalty if logits[token] < 0 else 1 / params.repetition_penalty
+    for token in set(generated):
+        logits[token] -= params.frequency_penalty * generated.count(token) + params.presence_penalty
+    for token, bias in params.logit_bias.items():
+        logits[token] += bias
+    logprobs = logits - logits.max()
+    logprobs -= np.log(np.exp(logprobs).sum())
+    if params.temperature == 0:
+        return int(np.argmax(logits)), logprobs
+    order = np.argsort(-logits, kind="stable")
+    probabilities = np.exp(logprobs[order])
+    before = np.cumsum(probabilities) - probabilities
+    rank = np.arange(len(order))
+    kept = rank < (params.top_k or len(order))
+    kept &= before < params.top_p if params.top_p < 1 else True
+    kept &= probabilities >= params.min_p * probabilities[0]
+    kept[0] = True
+    truncates = 0 < params.top_k < VOCAB or params.top_p < 1 or params.min_p
+    if not truncates:
+        order = rank
+    weights = np.exp((logits[order] - logits.max()) / params.temperature) * (kept if truncates else 1)
+    cumulative = np.cumsum(weights)
+    return int(order[np.argmax(cumulative > draw * cumulative[-1])]), logprobs
+
+
+@st.composite
+def params(draw: st.DrawFn) -> SamplingParams:
+    def maybe(off: float, low: float, high: float) -> float:
+        return draw(st.one_of(st.just(off), st.floats(low, high, width=32)))
+
+    return SamplingParams(
+        temperature=maybe(0.0, 0.125, 2.0),
+        top_p=maybe(1.0, 0.125, 0.96875),
+        top_k=draw(st.sampled_from([0, 0, 1, 3, 17, VOCAB, 1000])),
+        min_p=maybe(0.0, 0.03125, 1.0),
+        repetition_penalty=maybe(1.0, 0.5, 2.0),
+        repetition_context=draw(st.sampled_from([-1, 0, 1, 4, 64])),
+        presence_penalty=maybe(0.0, -2.0, 2.0),
+        frequency_penalty=maybe(0.0, -2.0, 2.0),
+        logit_bias=draw(
+            st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-100, 100, width=32), max_size=4)
+        ),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(params(), min_size=1, max_size=6), seed=st.integers(0, 2**32))
+def test_every_row_is_sampled_as_by_itself(rows: list[SamplingParams], seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    prompts = [generator.integers(0, VOCAB, generator.integers(1, 9)).tolist() for _ in rows]
+    samplers = [
+        RowSampler(p, prompt, (), top_logprobs=5, seed=seed + i, vocab_size=VOCAB)
+        for i, (p, prompt) in enumerate(zip(rows, prompts, strict=True))
+    ]
+    draws = [random.Random(seed + i) for i in range(len(rows))]
+    generated: list[list[int]] = [[] for _ in rows]
+    batch = BatchSampler()
+    for step in range(STEPS):
+        if step == 3 and len(rows) > 1:  # a row leaves between steps
+            for values in (rows, prompts, samplers, draws, generated):
+                values.pop(0)
+        logits = generator.standard_normal((len(rows), VOCAB)).astype(np.float32) * 3
+        fed = [(out or prompt)[-1] for out, prompt in zip(generated, prompts, strict=True)]
+        tokens, details = batch.sample(samplers, mx.array(fed), mx.array(logits))
+        for i, row in enumerate(rows):
+            needs_draw = row.temperature != 0 and row.top_k != 1
+            number = draws[i].random() if needs_draw else 0.0
+            expected, logprobs = reference_token(logits[i], row, number, prompts[i], generated[i])
+            chosen = int(tokens[i].item())
+            detail = details[i]
+            assert detail is not None
+            if chosen != expected:
+                # float32 against float64: only where the draw falls on a border of the two tokens.
+                neighbours, _ = zip(
+                    *(
+                        reference_token(logits[i], row, number + shift, prompts[i], generated[i])
+                        for shift in (-1e-5, 1e-5)
+                    ),
+                    strict=True,
+                )
+                assert chosen in neighbours
+            assert float(detail.chosen.item()) == pytest.approx(logprobs[chosen], abs=2e-4)
+            top = np.sort(logprobs)[::-1][:5]
+            np.testing.assert_allclose(np.asarray(detail.top), top, atol=2e-4)
+            assert np.asarray(detail.top_ids).tolist()[0] == int(np.argmax(logprobs))
+            generated[i].append(chosen)
+
+
+def test_a_rebuilt_row_goes_on_where_it_was() -> None:
+    """After a device error a sampler is made anew from the tokens so far."""
+    row = SamplingParams(
+        temperature=1.2, presence_penalty=0.7, repetition_penalty=1.3, repetition_context=5, seed=4
+    )
+    generator = np.random.default_rng(0)
+    prompt = [3, 9, 9, 1]
+    logits = generator.standard_normal((10, 1, VOCAB)).astype(np.float32)
+
+    def run(rebuild_at: int | None) -> list[int]:
+        out: list[int] = []
+        sampler = RowSampler(row, prompt, (), top_logprobs=None, seed=4, vocab_size=VOCAB)
+        batch = BatchSampler()
+        for step in range(10):
+            if step == rebuild_at:
+                sampler = RowSampler(row, prompt, out, top_logprobs=None, seed=4, vocab_size=VOCAB)
+            tokens, _ = batch.sample([sampler], mx.array([[*prompt, *out][-1]]), mx.array(logits[step]))
+            out.append(int(tokens[0].item()))
+        return out
+
+    whole = run(None)
+    assert len(set(whole)) > 3
+    for at in range(10):
+        assert run(at) == whole
+
+
+def test_a_draw_never_lands_on_an_impossible_token() -> None:
+    logits = np.full((1, VOCAB), -np.inf, np.float32)
+    logits[0, 7] = 1.0
+    for seed in range(50):
+        sampler = RowSampler(
+            SamplingParams(temperature=2.0), [1], (), top_logprobs=None, seed=seed, vocab_size=VOCAB
+        )
+        tokens, _ = BatchSampler().sample([sampler], mx.array([1]), mx.array(logits))
+        assert tokens.item() == 7
+
+
+def test_sampling_follows_the_distribution() -> None:
+    """A thousand draws of a known distribution stay near it (the seed is fixed)."""
+    probabilities = np.array([0.5, 0.25, 0.125, 0.0625, 0.0625])
+    logits = np.log(probabilities).astype(np.float32)[None]
+    for kind in ({}, {"top_k": 5}):  # the plain and the sorting path
+        sampler = RowSampler(
+            SamplingParams(temperature=1.0, **kind), [0], (), top_logprobs=None, seed=1, vocab_size=5
+        )
+        batch = BatchSampler()
+        counts = np.zeros(5)
+        for _ in range(1000):
+            counts[batch.sample([sampler], mx.array([0]), mx.array(logits))[0].item()] += 1
+        np.testing.assert_allclose(counts / 1000, probabilities, atol=0.04)

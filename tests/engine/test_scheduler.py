@@ -1,0 +1,89 @@
+"""Admission and chunk sizes, without any tensor."""
+
+from __future__ import annotations
+
+import pytest
+
+from osaurus_grpc.engine.scheduler import Scheduler, StepClock
+from osaurus_grpc.engine.sequence import Sequence
+from osaurus_grpc.engine.types import GenerationRequest, SamplingParams
+
+
+def sequence(length: int, name: str = "") -> Sequence:
+    return Sequence(GenerationRequest(name, "m", (1,) * length, 5, SamplingParams()), seed=0)
+
+
+def scheduler(size: int = 8, chunk: int = 512) -> Scheduler:
+    return Scheduler(max_batch_size=size, prefill_chunk_tokens=chunk)
+
+
+def admit(target: Scheduler) -> list[Sequence]:
+    admitted = target.admit()
+    for number, one in enumerate(admitted):
+        target.started(one, uid=1000 + number + len(target.running))
+    return admitted
+
+
+def test_short_prompts_join_together():
+    target = scheduler()
+    target.waiting.extend(sequence(30) for _ in range(6))
+    assert len(admit(target)) == 6
+    assert not target.waiting
+
+
+def test_the_batch_is_bounded():
+    target = scheduler(size=4)
+    target.waiting.extend(sequence(3) for _ in range(6))
+    assert len(admit(target)) == 4
+    assert len(target.waiting) == 2
+    assert admit(target) == []
+
+
+def test_one_long_prompt_at_a_time_in_order_and_short_ones_pass():
+    target = scheduler()
+    first, second, short = sequence(5000, "a"), sequence(5000, "b"), sequence(10, "c")
+    target.waiting.extend([first, second, short])
+    assert admit(target) == [first, short]
+    assert list(target.waiting) == [second]
+    first.is_decoding = short.is_decoding = True
+    assert admit(target) == [second]
+
+
+def test_skipped_prompts_keep_their_order():
+    target = scheduler()
+    longs = [sequence(5000, str(i)) for i in range(4)]
+    target.waiting.extend(longs)
+    admit(target)
+    assert list(target.waiting) == longs[1:]
+
+
+def test_ended_sequences_leave_from_wherever_they_are():
+    target = scheduler(size=1)
+    running, waiting = sequence(3), sequence(3)
+    target.waiting.extend([running, waiting])
+    admit(target)
+    target.ended(waiting)
+    target.ended(running)
+    assert len(target) == 0
+    target.ended(running)  # again: nothing happens
+
+
+@pytest.mark.parametrize(
+    ("decode", "per_token", "decoding", "expected"),
+    [
+        (0.05, 0.001, 2, 128),  # a pause of four decode steps: 0.05 + 128 * 0.001 <= 0.2
+        (0.05, 0.001, 0, 256),  # nobody waits: half a second
+        (0.05, 1.0, 2, 64),  # never below the smallest
+        (0.05, 1e-7, 2, 512),  # never above the largest
+    ],
+)
+def test_chunks_fit_the_pause_they_may_make(decode, per_token, decoding, expected):
+    clock = StepClock()
+    clock.observe(decode, decoding=1, prefilled=0)
+    for _ in range(100):
+        clock.observe(decode + 100 * per_token, decoding=0, prefilled=100)
+    assert clock.chunk_tokens(512, decoding=decoding) == expected
+
+
+def test_a_chunk_is_never_larger_than_the_setting():
+    assert StepClock().chunk_tokens(16, decoding=0) == 16
