@@ -21,6 +21,8 @@ class Assembler:
         tokenizer: The model's tokenizer.
         stop: Stop strings; see StopMatcher for which one wins.
         skip_special_tokens: Leave special tokens out of the text.
+        context: Where the answer continues a text (see template.is_continuation), the prompt's last
+            tokens, a handful; see Detokenizer.
 
     Raises:
         InvalidRequestError: A stop string is empty.
@@ -32,8 +34,9 @@ class Assembler:
         *,
         stop: Sequence[str] = (),
         skip_special_tokens: bool = True,
+        context: Sequence[int] = (),
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens, context=context)
         self._matcher = StopMatcher(stop) if stop else None
         self._is_finished = False
         # Tokens fed whose text is not out: a number without a matcher, where text never waits; with

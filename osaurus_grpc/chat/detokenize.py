@@ -14,6 +14,7 @@ import codecs
 import json
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from enum import Enum, auto
 from typing import TYPE_CHECKING, assert_never
 from weakref import WeakKeyDictionary, ref
@@ -45,17 +46,25 @@ class Detokenizer:
         tokenizer: The model's tokenizer.
         skip_special_tokens: Leave special tokens out of the text. Added tokens that are not marked
             special, such as many models' `<think>`, always show.
+        context: Where the text continues another one, the last tokens of that, so that a space
+            between the two is kept. SentencePiece drops the space at a text's start.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        skip_special_tokens: bool = True,
+        context: Sequence[int] = (),
+    ) -> None:
         vocabulary = _vocabulary(tokenizer)
         strategy: _Strategy
         if vocabulary.kind in (_PieceKind.BYTE_LEVEL, _PieceKind.BYTE_FALLBACK):
-            strategy = _ByteDecoding(vocabulary, skip_special_tokens)
+            strategy = _ByteDecoding(vocabulary, skip_special_tokens, at_start=not context)
         elif vocabulary.backend is not None:
-            strategy = _StreamDecoding(vocabulary.backend, skip_special_tokens)
+            strategy = _StreamDecoding(vocabulary.backend, skip_special_tokens, context)
         else:
-            strategy = _WindowDecoding(tokenizer, skip_special_tokens)
+            strategy = _WindowDecoding(tokenizer, skip_special_tokens, context)
         self._finish = strategy.finish
         self.step = strategy.step  # a bound method: one call less on the path of every token
         """Takes the next token id and returns the text it completes, often "" or several characters."""
@@ -95,12 +104,12 @@ class _Strategy(ABC):
 class _ByteDecoding(_Strategy):
     """Concatenates the tokens' bytes through an incremental UTF-8 decoder."""
 
-    def __init__(self, vocabulary: _Vocabulary, skip_special_tokens: bool) -> None:
+    def __init__(self, vocabulary: _Vocabulary, skip_special_tokens: bool, *, at_start: bool) -> None:
         self._bytes = vocabulary
         self._texts = vocabulary.visible_texts if skip_special_tokens else vocabulary.texts
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._is_partial = False
-        self._strips_space = vocabulary.strips_first_space
+        self._strips_space = at_start and vocabulary.strips_first_space
 
     def step(self, token_id: int) -> str:
         text = self._texts[token_id]
@@ -116,10 +125,10 @@ class _ByteDecoding(_Strategy):
 class _StreamDecoding(_Strategy):
     """The library's DecodeStream."""
 
-    def __init__(self, backend: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, backend: Tokenizer, skip_special_tokens: bool, context: Sequence[int]) -> None:
         self._backend = backend
         self._skip = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._stream = DecodeStream(list(context), skip_special_tokens=skip_special_tokens)
 
     def step(self, token_id: int) -> str:
         try:
@@ -132,10 +141,12 @@ class _StreamDecoding(_Strategy):
 class _WindowDecoding(_Strategy):
     """Decodes a short window again with every token, for tokenizers without a Rust backend."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool, context: Sequence[int]
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._context: list[int] = []  # tokens whose text is out, for spacing
+        self._context = list(context)  # tokens whose text is out, for spacing
         self._held: list[int] = []
 
     def step(self, token_id: int) -> str:

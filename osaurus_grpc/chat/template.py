@@ -14,18 +14,16 @@ The template runs in transformers' sandbox. What this module decides beside it:
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import logging
-import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
 
 from osaurus_grpc.chat.control_tokens import Shield
+from osaurus_grpc.chat.turns import check_texts, is_deep, is_encodable, template_turns
 from osaurus_grpc.chat.types import JSON, Message, Role
 from osaurus_grpc.errors import CapabilityError, InvalidRequestError
 
@@ -36,9 +34,6 @@ _log = logging.getLogger(__name__)
 
 _ARGUMENTS_FIELD = "chat_template_kwargs_json"
 _MAX_REFUSAL_LENGTH = 200
-_MAX_NESTING = 64
-# Mistral's templates refuse call ids of another form than their own servers make.
-_SHORT_CALL_IDS = re.compile(r"length\s*!=\s*9")
 
 
 def render(
@@ -82,7 +77,7 @@ def render(
         **_reasoning_variables(template, reasoning_effort, reasoning_enabled),
         **_checked_arguments(tokenizer, template_arguments or {}),
     }
-    _check_texts(messages)
+    check_texts(messages)
     token_ids = _tokenize(tokenizer, template, messages, variables)
     if not token_ids:
         raise InvalidRequestError(
@@ -100,6 +95,12 @@ def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(templates or "")
 
 
+def is_continuation(messages: Sequence[Message]) -> bool:
+    """Whether an answer continues the last message: an assistant's, with text and without calls."""
+    last = messages[-1]
+    return last.role is Role.ASSISTANT and not last.tool_calls and bool(last.content.strip())
+
+
 def _tokenize(
     tokenizer: PreTrainedTokenizerBase,
     template: str,
@@ -111,7 +112,7 @@ def _tokenize(
     apply_chat_template = cast("Callable[..., str]", tokenizer.apply_chat_template)
     failure = ""
     for as_objects, continues in _forms(messages):
-        turns = _turns(messages, template, as_objects=as_objects)
+        turns = template_turns(messages, template, as_objects=as_objects)
         shield = Shield(tokenizer, list(_strings([turns, variables])))
         try:
             rendered = apply_chat_template(
@@ -134,8 +135,7 @@ def _tokenize(
 
 def _forms(messages: Sequence[Message]) -> Iterator[tuple[bool, bool]]:
     """Forms to try in order: call arguments as objects or text; last message continued or closed."""
-    last = messages[-1]
-    continues = last.role is Role.ASSISTANT and not last.tool_calls and bool(last.content.strip())
+    continues = is_continuation(messages)
     has_calls = any(message.tool_calls for message in messages)
     for continued in (True, False) if continues else (False,):
         for as_objects in (True, False) if has_calls else (True,):
@@ -165,14 +165,14 @@ def _checked_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[st
             raise InvalidRequestError(
                 f'"{name}" cannot be set as a template argument.', field=_ARGUMENTS_FIELD
             )
-    if _is_deep(arguments):
+    if is_deep(arguments):
         raise InvalidRequestError("The template arguments are nested too deeply.", field=_ARGUMENTS_FIELD)
     documents = arguments.get("documents")
     if documents is not None and not (
         isinstance(documents, list) and all(isinstance(document, dict) for document in documents)
     ):
         raise InvalidRequestError('"documents" must be a list of objects.', field=_ARGUMENTS_FIELD)
-    if not _is_encodable(json.dumps(arguments, ensure_ascii=False)):
+    if not is_encodable(json.dumps(arguments, ensure_ascii=False)):
         raise InvalidRequestError("A text holds an unpaired surrogate.", field=_ARGUMENTS_FIELD)
     return dict(arguments)
 
@@ -193,113 +193,6 @@ def _reasoning_variables(template: str, effort: str, enabled: bool | None) -> di
     if effort and effort != "none":
         variables["reasoning_effort"] = effort
     return variables
-
-
-def _check_texts(messages: Sequence[Message]) -> None:
-    for index, message in enumerate(messages):
-        path = f"messages[{index}]"
-        texts = [("content", message.content), ("reasoning", message.reasoning), ("name", message.name)]
-        texts.append(("tool_call_id", message.tool_call_id))
-        for position, call in enumerate(message.tool_calls):
-            function = f"tool_calls[{position}].function"
-            texts.append((f"tool_calls[{position}].id", call.id))
-            texts.append((f"{function}.name", call.name))
-            texts.append((f"{function}.arguments_json", call.arguments_json))
-        for field, text in texts:
-            if not _is_encodable(text):
-                raise InvalidRequestError("The text holds an unpaired surrogate.", field=f"{path}.{field}")
-
-
-def _is_encodable(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _turns(messages: Sequence[Message], template: str, *, as_objects: bool) -> list[JSON]:
-    """The messages as templates expect them: dicts in the form of OpenAI's API."""
-    developer = Role.DEVELOPER if "developer" in template else Role.SYSTEM
-    shortens_ids = bool(_SHORT_CALL_IDS.search(template))
-    called = {call.id: call.name for message in messages for call in message.tool_calls}
-    turns: list[JSON] = []
-    for message in messages:
-        role = developer if message.role is Role.DEVELOPER else message.role
-        turn = _turn(message, role, called.get(message.tool_call_id, ""), shortens_ids=shortens_ids)
-        if message.tool_calls:
-            turn["tool_calls"] = [
-                {
-                    "id": _call_id(call.id, shortens_ids),
-                    "type": "function",
-                    "function": {
-                        "name": call.name,
-                        "arguments": _call_arguments(call.arguments_json)
-                        if as_objects
-                        else call.arguments_json,
-                    },
-                }
-                for call in message.tool_calls
-            ]
-        turns.append(turn)
-    return turns
-
-
-def _turn(message: Message, role: Role, called_name: str, *, shortens_ids: bool) -> dict[str, JSON]:
-    turn: dict[str, JSON] = {"role": str(role), "content": message.content}
-    name = message.name
-    if role is Role.TOOL:
-        name = name or called_name
-        turn["tool_call_id"] = _call_id(message.tool_call_id, shortens_ids)
-    if name:
-        turn["name"] = name
-    if message.reasoning:
-        # The second is what gpt-oss templates read.
-        turn["reasoning_content"] = turn["thinking"] = message.reasoning
-    return turn
-
-
-def _call_id(call_id: str, shortens: bool) -> str:
-    if not shortens or (len(call_id) == 9 and call_id.isalnum()):
-        return call_id
-    return hashlib.sha256(call_id.encode()).hexdigest()[:9]
-
-
-def _call_arguments(arguments_json: str) -> JSON:
-    """The arguments as an object, or the text as it is where it is none that JSON can hold."""
-    if not arguments_json.strip():
-        return {}
-    try:
-        arguments = json.loads(arguments_json, parse_constant=_refuse, parse_float=_finite)
-        is_sound = (
-            isinstance(arguments, dict)
-            and not _is_deep(arguments)
-            and _is_encodable(json.dumps(arguments, ensure_ascii=False))
-        )
-    except (ValueError, RecursionError):
-        return arguments_json
-    return arguments if is_sound else arguments_json
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(constant)
-
-
-def _finite(literal: str) -> float:
-    number = float(literal)
-    if math.isinf(number):
-        raise ValueError(literal)
-    return number
-
-
-def _is_deep(value: JSON, levels: int = _MAX_NESTING) -> bool:
-    """Whether lists and objects are nested deeper than transformers' recursion can be trusted with."""
-    if isinstance(value, str) or not isinstance(value, Mapping | Sequence):
-        return False
-    items = value.values() if isinstance(value, Mapping) else value
-    return levels == 0 or any(_is_deep(item, levels - 1) for item in items)
 
 
 def _strings(value: JSON) -> Iterator[str]:

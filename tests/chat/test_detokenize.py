@@ -3,6 +3,7 @@ from __future__ import annotations
 import codecs
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -159,3 +160,13 @@ def test_an_unloaded_tokenizer_is_freed() -> None:
     del tokenizer
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("kind", [tokenizers.byte_fallback, tokenizers.metaspace])
+def test_a_continued_text_keeps_the_space_between(kind: Callable[[], PreTrainedTokenizerBase]) -> None:
+    tokenizer = kind()
+    begun, *added = tokenizer.encode("hello world", add_special_tokens=False)[-6:]
+    assert detokenized(tokenizer, added) == library_text(tokenizer, added)
+    detokenizer = Detokenizer(tokenizer, context=[begun])
+    text = "".join([detokenizer.step(token_id) for token_id in added]) + detokenizer.finish()
+    assert text == " world"

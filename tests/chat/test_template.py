@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from osaurus_grpc.chat.template import render, template_text
+from osaurus_grpc.chat.template import is_continuation, render, template_text
 from osaurus_grpc.chat.types import JSON, Message, Role, ToolCall
 from osaurus_grpc.errors import CapabilityError, InvalidRequestError
 from tests.chat import tokenizers
@@ -70,6 +70,14 @@ def test_developer_is_system_unless_the_template_knows_it(tokenizer: PreTrainedT
 def test_a_last_assistant_message_is_continued(tokenizer: PreTrainedTokenizerBase) -> None:
     start = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello, I"
     assert shown(tokenizer, USER, Message(Role.ASSISTANT, "Hello, I")).endswith(start)
+
+
+def test_what_counts_as_a_continuation() -> None:
+    call = ToolCall("call_1", "f", "{}")
+    assert is_continuation([USER, Message(Role.ASSISTANT, "Hello")])
+    assert not is_continuation([Message(Role.ASSISTANT, "Hello"), USER])
+    assert not is_continuation([USER, Message(Role.ASSISTANT, "  ")])
+    assert not is_continuation([USER, Message(Role.ASSISTANT, "Hello", tool_calls=(call,))])
 
 
 def test_what_cannot_be_continued_is_answered(tokenizer: PreTrainedTokenizerBase) -> None:
