@@ -156,7 +156,7 @@ def _content_violations(path: str, message: chat_pb2.Message) -> Iterator[FieldV
         kind = part.WhichOneof("part")
         if kind is None:
             yield _violation(f"{path}.content[{j}]", "must be text or an image.")
-        has_content = has_content or kind == "image" or part.text != ""
+        has_content = has_content or kind != "text" or part.text != ""
     # Clients send empty system prompts, and tools give empty results; a person always says something.
     if message.role == chat_pb2.ROLE_USER and not has_content:
         yield _violation(f"{path}.content", "must not be empty.")
