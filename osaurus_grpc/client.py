@@ -13,7 +13,7 @@ from typing import Self
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # ships no types
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from osaurus_grpc import errors

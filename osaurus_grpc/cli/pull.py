@@ -144,7 +144,6 @@ def _fetch(
     try:
         from osaurus_grpc.models import sources
 
-        models_dir.mkdir(parents=True, exist_ok=True)
         result.set_result(sources.fetch(name, models_dir, report=display, cancelled=cancelled))
     except BaseException as error:  # noqa: BLE001  (raised again by the thread that waits)
         result.set_exception(error)

@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Without a prompt, it is read from standard input; in a terminal that is a chat.",
     )
     parser.add_argument("model", metavar="MODEL", help="the model")
-    parser.add_argument("prompt", metavar="PROMPT", nargs="*", help="the question")
+    parser.add_argument("prompt", metavar="PROMPT", nargs="*", default=[], help="the question")
     parser.add_argument("--system", metavar="TEXT", default="", help="instructions to the model")
     parser.add_argument("--temperature", metavar="T", type=float, help="0 is greedy (default 0.7)")
     parser.add_argument("--max-tokens", metavar="N", type=int, help="length of an answer (default 2048)")

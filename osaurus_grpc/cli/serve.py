@@ -276,7 +276,11 @@ def welcome(plan: Plan, addresses: Addresses, model_id: str) -> str:
 def curl_line(http: str, model_id: str, needs_key: bool) -> str:
     """A command that asks the server something, to be pasted into a shell."""
     body = json.dumps(
-        {"model": model_id, "messages": [{"role": "user", "content": "What is the capital of France?"}]},
+        {
+            "model": model_id,
+            "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "temperature": 0,
+        },
         ensure_ascii=False,
     ).replace("'", "'\\''")
     key = ' -H "Authorization: Bearer $OSAURUS_API_KEY"' if needs_key else ""
