@@ -67,6 +67,16 @@ class Settings:
             raise self.wrong(key)
         return value
 
+    def period(self, key: str, default: int) -> int:
+        """Every how many layers one is set apart: a number, or a flag a layer that is 0 for those."""
+        value = self._get(key)
+        if not isinstance(value, np.ndarray) or len(value) == 0:
+            return self.integer(key, default)
+        period = int(np.argmin(value != 0)) + 1
+        if not np.array_equal(value != 0, np.arange(1, len(value) + 1) % period != 0):
+            raise self.wrong(key, "is not periodic, which cannot be converted")
+        return period
+
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number."""
         value = self._get(key)
@@ -204,10 +214,13 @@ def _gemma3(settings: Settings, dims: Dimensions) -> dict[str, Any]:
     """Gemma 3's own fields: five sliding-window layers to one full one (llama.cpp, src/models/gemma3.cpp)."""
     # The 27B model, told by its number of layers, scales by hidden / heads, all others by the head's size.
     scalar = dims.hidden // dims.heads if dims.layers == 62 else dims.head
+    period = settings.period("attention.sliding_window_pattern", 6)
+    if period > dims.layers:
+        raise settings.wrong("attention.sliding_window_pattern", "is larger than the number of layers")
     return {
         "query_pre_attn_scalar": scalar,
         "sliding_window": settings.integer("attention.sliding_window"),
-        "sliding_window_pattern": settings.integer("attention.sliding_window_pattern", 6),
+        "sliding_window_pattern": period,
         "rope_local_base_freq": settings.number("rope.freq_base_swa", 10_000.0),
         "hidden_activation": "gelu_pytorch_tanh",
     }
@@ -250,10 +263,9 @@ def model_config(
         "rope_theta": base,
         "rope_scaling": _rope_scaling(file, settings, base, dims.head),
         "tie_word_embeddings": tensors.HEAD not in file.tensors,
-        "hidden_act": "silu",
     }
     if architecture.model_type == "llama":
         config["attention_bias"] = tensors.has_attention_bias(file.tensors.keys())
     if architecture.model_type == "gemma3_text":
-        config.update(_gemma3(settings, dims))
-    return config
+        return config | _gemma3(settings, dims)
+    return config | {"hidden_act": "silu"}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
 from osaurus_grpc.errors import DiskFullError, SourceInvalidError
@@ -135,17 +135,38 @@ def _quantization(plans: list[TensorPlan]) -> dict[str, Any] | None:
     return {**dict(zip(("group_size", "bits", "mode"), common, strict=True)), **modules}
 
 
-def _origin(plans: list[TensorPlan], name: str) -> dict[str, Any]:
+def _file_type(file: GGUFFile) -> str:
+    """The name behind "general.file_type", or "" where there is none."""
+    number = file.metadata.get("general.file_type")
+    known = {kind.value: kind.name for kind in LlamaFileType if kind is not LlamaFileType.GUESSED}
+    name = known.get(number, "") if isinstance(number, int) else ""
+    return name.removeprefix("MOSTLY_").removeprefix("ALL_")
+
+
+def _dtype(plans: list[TensorPlan]) -> str:
+    """The dtype to compute in where memory matters, as Hugging Face's "dtype".
+
+    A file of F32 or F16 weights says it itself. Behind quantized weights and F32 norms there was, for
+    the architectures here, a model trained in bfloat16, whose range float16 does not have.
+    """
+    kinds = {plan.source.kind for plan in plans if plan.may_be_quantized}
+    if kinds == {GGMLQuantizationType.F32}:
+        return "float32"
+    return "float16" if kinds <= {GGMLQuantizationType.F32, GGMLQuantizationType.F16} else "bfloat16"
+
+
+def _origin(file: GGUFFile, plans: list[TensorPlan], name: str) -> dict[str, Any]:
     """config.json's "osaurus": what the file was, for the catalog.
 
-    "quantization" is the format that holds most of the values, as GGUF calls it.
+    "quantization" is the file's own name for its mixture of formats, such as "Q4_K_M", or where it has
+    none the format that holds most of the values.
     """
     values: Counter[str] = Counter()
     for plan in plans:
         values[plan.source.kind.name] += int(np.prod(plan.source.shape, dtype=object))
     origin = {
         "format": "gguf",
-        "quantization": values.most_common(1)[0][0],
+        "quantization": _file_type(file) or values.most_common(1)[0][0],
         "parameter_count": values.total(),
         "is_exact": all(
             layout.is_exact for plan in plans if (layout := blocks.layout(plan.source.kind)) is not None
@@ -187,7 +208,8 @@ def _convert(file: GGUFFile, target: Path, report: Callable[[ConvertProgress], N
             done += plan.source.size_bytes
     config.update(_token_ids(vocabulary))
     config["quantization"] = _quantization(plans)
-    config["osaurus"] = _origin(plans, name)
+    config["dtype"] = _dtype(plans)
+    config["osaurus"] = _origin(file, plans, name)
     _write_json(target / "config.json", {key: value for key, value in config.items() if value is not None})
     _write_json(target / "generation_config.json", _token_ids(vocabulary))
     report(ConvertProgress("converted", "", total, total))

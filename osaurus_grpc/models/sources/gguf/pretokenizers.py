@@ -45,17 +45,21 @@ class PreTokenizer:
         patterns: Applied one after the other, each to the pieces the last one left.
         ignores_merges: Whether a piece that is a token is taken whole, whatever the merges say.
         adds_bos: Whether a prompt begins with the BOS token where the metadata does not say.
+        composes: Whether text is brought into Unicode's form NFC first. llama.cpp does not; the
+            tokenizer.json of Qwen 2, 2.5 and 3 does.
     """
 
     patterns: tuple[str, ...]
     ignores_merges: bool = False
     adds_bos: bool = False
+    composes: bool = False
 
 
 _DEFAULT: Final = PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"))
 _PLAIN: Final = PreTokenizer((_GPT2,))
 _DIGITS: Final = PreTokenizer((r"\p{N}", _GPT2))
-_QWEN2: Final = PreTokenizer((_words(r"\p{N}"),))
+_QWEN2: Final = PreTokenizer((_words(r"\p{N}"),), composes=True)
+_SINGLE_DIGITS: Final = PreTokenizer((_words(r"\p{N}"),))
 _LLAMA3: Final = PreTokenizer((_words(r"\p{N}{1,3}"),), ignores_merges=True, adds_bos=True)
 _GLM4: Final = PreTokenizer((_words(r"\p{N}{1,3}"),), ignores_merges=True)
 _LLAMA3_MERGED: Final = PreTokenizer((_words(r"\p{N}{1,3}"),))
@@ -76,7 +80,8 @@ PRE_TOKENIZERS: Final[Mapping[str, PreTokenizer]] = MappingProxyType(
         "default": _DEFAULT,
         **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "mellum", "exaone4", "gigachat"), _PLAIN),
         **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), _DIGITS),
-        **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2"), _QWEN2),
+        "qwen2": _QWEN2,
+        **dict.fromkeys(("deepseek-r1-qwen", "megrez", "stablelm2"), _SINGLE_DIGITS),
         "qwen35": PreTokenizer((_words(r"\p{N}", r"[\p{L}\p{M}]", r"[^\s\p{L}\p{M}\p{N}]"),)),
         **dict.fromkeys(
             ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2"), _LLAMA3

@@ -172,7 +172,9 @@ def _array(cursor: _Cursor, key: str) -> list[str] | NumberArray:
             f"the metadata value {key!r} has {count} numbers, more than the {_MAX_STRINGS} allowed"
         )
     values = np.frombuffer(cursor.take(count * dtype.itemsize), dtype)
-    return values.astype(np.float64 if dtype.kind == "f" else np.int64)
+    if dtype.kind == "f":
+        return values.astype(np.float64)
+    return values.astype(np.int64)
 
 
 def _value(cursor: _Cursor, key: str) -> MetadataValue:

@@ -14,7 +14,8 @@ Two conventions differ and are undone here:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
@@ -162,12 +163,12 @@ HEAD: Final = "output.weight"
 _FLOATS: Final = frozenset({GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16})
 
 
-def has_attention_bias(names: Set[str]) -> bool:
+def has_attention_bias(names: AbstractSet[str]) -> bool:
     """Whether the attention's projections have biases, by the first block."""
     return "blk.0.attn_q.bias" in names
 
 
-def _expected(architecture: Architecture, layers: int, names: Set[str]) -> dict[str, tuple[str, str]]:
+def _expected(architecture: Architecture, layers: int, names: AbstractSet[str]) -> dict[str, tuple[str, str]]:
     """Every tensor the model must have: GGUF name to (MLX name, letters of the shape)."""
     block = dict(architecture.block)
     if any(f"blk.0.{name}" in names for name in architecture.optional_block):

@@ -37,7 +37,7 @@ def _stored_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     merges = []
     for text in vocabulary.merges:
         space = text.find(" ", 1)  # a token may begin with one
-        if space < 0:
+        if space < 0 or space == len(text) - 1:
             raise wrong("ggml.merges")
         merges.append((text[:space], text[space + 1 :]))
     return merges
@@ -54,6 +54,8 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
     if not vocabulary.merges:
         raise wrong("ggml.merges")
     tokenizer = Tokenizer(_bpe(vocabulary, _stored_merges(vocabulary), ignore_merges=splitter.ignores_merges))
+    if splitter.composes:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = splitters.Sequence(
         [splitters.Split(Regex(pattern), "isolated") for pattern in splitter.patterns]
         + [splitters.ByteLevel(add_prefix_space=False, use_regex=False)]
