@@ -24,6 +24,7 @@ Kind = GGMLQuantizationType
 Floats = NDArray[np.float32]
 
 HIDDEN, FEED_FORWARD, HEADS, KV_HEADS, HEAD, LAYERS = 256, 512, 4, 2, 64, 2
+EXPERTS, EXPERT_FEED_FORWARD = 4, 256
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = ("h e", "l l", "Ġ w", "o r", "he ll", "hell o")
 CHAT_TEMPLATE = (
@@ -112,7 +113,16 @@ class TinyModel:
                     "self_attn.k_proj.bias": (k,),
                     "self_attn.v_proj.bias": (k,),
                 }
-            if self.architecture in ("qwen3", "gemma3"):
+            if self.architecture == "qwen3moe":
+                block = {name: shape for name, shape in block.items() if not name.startswith("mlp.")}
+                e, x = EXPERTS, EXPERT_FEED_FORWARD
+                block |= {
+                    "mlp.gate.weight": (e, d),
+                    "mlp.switch_mlp.gate_proj.weight": (e, x, d),
+                    "mlp.switch_mlp.up_proj.weight": (e, x, d),
+                    "mlp.switch_mlp.down_proj.weight": (e, d, x),
+                }
+            if self.architecture in ("qwen3", "qwen3moe", "gemma3"):
                 block |= {"self_attn.q_norm.weight": (h,), "self_attn.k_norm.weight": (h,)}
             if self.architecture == "gemma3":
                 block |= {"pre_feedforward_layernorm.weight": (d,), "post_feedforward_layernorm.weight": (d,)}
@@ -122,6 +132,7 @@ class TinyModel:
     def gguf_name(self, name: str) -> str:
         """GGUF's name of a Hugging Face tensor, from the `gguf` package's own table."""
         arch = next(arch for arch in MODEL_ARCH if MODEL_ARCH_NAMES[arch] == self.architecture)
+        name = name.replace("switch_mlp", "experts")
         found = get_tensor_name_map(arch, LAYERS).get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
         return found
@@ -156,6 +167,10 @@ class TinyModel:
         if a == "gemma3":
             made["gemma3.attention.sliding_window"] = 8
             made["gemma3.attention.sliding_window_pattern"] = 2
+        if a == "qwen3moe":
+            made["qwen3moe.expert_count"] = EXPERTS
+            made["qwen3moe.expert_used_count"] = 2
+            made["qwen3moe.expert_feed_forward_length"] = EXPERT_FEED_FORWARD
         made |= self.metadata
         return {key: value for key, value in made.items() if value is not None}
 
@@ -240,4 +255,5 @@ def encoded(values: Floats, kind: Kind) -> NDArray[Any]:
     try:
         return np.asarray(quants.quantize(values, kind))
     except NotImplementedError:
-        return random_blocks(kind, values.shape[0], values.shape[1])
+        rows = random_blocks(kind, values.size // values.shape[-1], values.shape[-1])
+        return rows.reshape(*values.shape[:-1], -1)

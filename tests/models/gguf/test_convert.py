@@ -50,11 +50,20 @@ def save_reference(folder: Path, weights: dict[str, np.ndarray], config: dict[st
 
 GEMMA3 = {"query_pre_attn_scalar": HEAD, "sliding_window": 8, "sliding_window_pattern": 2}
 
+QWEN3_MOE = {
+    "num_experts": files.EXPERTS,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": files.EXPERT_FEED_FORWARD,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+}
+
 
 def reference_config(architecture: str, **more: Any) -> dict[str, Any]:
     """A config written by hand in Hugging Face's words, not by the converter."""
     return {
-        "model_type": {"gemma3": "gemma3_text"}.get(architecture, architecture),
+        "model_type": {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}.get(architecture, architecture),
         "hidden_size": HIDDEN,
         "num_hidden_layers": files.LAYERS,
         "intermediate_size": files.FEED_FORWARD,
@@ -66,13 +75,13 @@ def reference_config(architecture: str, **more: Any) -> dict[str, Any]:
         "max_position_embeddings": 512,
         "rope_theta": 10_000.0,
         "tie_word_embeddings": False,
-        **(GEMMA3 if architecture == "gemma3" else {}),
+        **{"gemma3": GEMMA3, "qwen3moe": QWEN3_MOE}.get(architecture, {}),
         **more,
     }
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "qwen3moe", "gemma3"])
 def test_a_converted_model_computes_what_its_original_does(architecture, tied, tmp_path):
     model = TinyModel(architecture, tied=tied)
     folder = converted(model, tmp_path)
@@ -141,6 +150,22 @@ def test_a_quantized_model_computes_what_its_dequantized_weights_do(kind, tmp_pa
     assert (origin["format"], origin["quantization"]) == ("gguf", kind)
     assert origin["parameter_count"] == sum(values.size for values in stored.values())
     assert origin["is_exact"] is is_exact
+
+
+def test_experts_are_repacked_as_one(tmp_path):
+    name = "blk.1.ffn_down_exps.weight"
+    model = TinyModel("qwen3moe", kinds={name: Kind.Q4_K})
+    folder = converted(model, tmp_path)
+    weights = mx.load(str(folder / "model.safetensors"))
+    path = "model.layers.1.mlp.switch_mlp.down_proj"
+    shape = model.stored()[name].shape
+    values = mx.dequantize(
+        weights[f"{path}.weight"], weights[f"{path}.scales"], weights[f"{path}.biases"], group_size=32, bits=4
+    )
+    expected = quants.dequantize(encoded(model.stored()[name], Kind.Q4_K), Kind.Q4_K)
+    assert values.shape == shape
+    np.testing.assert_array_equal(np.array(values), expected.reshape(shape))
+    assert np.isfinite(logits(folder)).all()
 
 
 def test_every_module_keeps_its_own_bits(tmp_path):

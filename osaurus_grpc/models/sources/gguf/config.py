@@ -1,7 +1,7 @@
 """Makes config.json from a GGUF file's metadata.
 
 Keys: "{architecture}.*" as in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp's
-src/llama-arch.cpp; config fields as mlx_lm/models/{llama,qwen2,qwen3,gemma3_text}.py read them.
+src/llama-arch.cpp; config fields as mlx_lm/models/{llama,qwen2,qwen3,qwen3_moe,gemma3_text}.py read them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _INEXPRESSIBLE: Final[Mapping[str, float]] = {
     "embedding_scale": 0.0,
     "residual_scale": 0.0,
     "logit_scale": 0.0,
-    "expert_count": 0.0,
+    "expert_weights_scale": 0.0,
+    "expert_shared_count": 0.0,
 }
 
 # Llama 3's rotary scaling, of which GGUF keeps only the resulting factors: the wavelengths between
@@ -119,8 +120,13 @@ def architecture_of(file: GGUFFile) -> tuple[str, Architecture]:
     return name, tensors.ARCHITECTURES[name]
 
 
-def dimensions(file: GGUFFile, settings: Settings) -> Dimensions:
+def dimensions(file: GGUFFile, settings: Settings, *, is_mixture: bool) -> Dimensions:
     """The model's sizes.
+
+    Args:
+        file: The file.
+        settings: Its settings.
+        is_mixture: Whether the architecture has experts.
 
     Raises:
         SourceInvalidError: One is missing, absurd, or cannot be said in MLX.
@@ -146,6 +152,8 @@ def dimensions(file: GGUFFile, settings: Settings) -> Dimensions:
         kv_heads=kv_heads,
         head=head,
         vocabulary=embedding.shape[0],
+        experts=settings.integer("expert_count") if is_mixture else 0,
+        expert_feed_forward=settings.integer("expert_feed_forward_length") if is_mixture else 0,
     )
 
 
@@ -226,7 +234,21 @@ def _gemma3(settings: Settings, dims: Dimensions) -> dict[str, Any]:
     }
 
 
-def _check_expressible(settings: Settings) -> None:
+def _qwen3_moe(settings: Settings, dims: Dimensions) -> dict[str, Any]:
+    """The experts: every layer has them, and the chosen ones' shares are normed (llama.cpp, qwen3moe.cpp)."""
+    return {
+        "num_experts": dims.experts,
+        "num_experts_per_tok": settings.integer("expert_used_count", limit=dims.experts),
+        "moe_intermediate_size": dims.expert_feed_forward,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    }
+
+
+def _check_expressible(settings: Settings, architecture: Architecture) -> None:
+    if not architecture.is_mixture and settings.number("expert_count", 0.0):
+        raise settings.wrong("expert_count", "is set, which cannot be converted")
     for key, off in _INEXPRESSIBLE.items():
         if settings.number(key, off) != off:
             raise settings.wrong(key, "is set, which cannot be converted")
@@ -240,7 +262,7 @@ def model_config(
     Raises:
         SourceInvalidError: A setting is missing, absurd, or cannot be said in MLX.
     """
-    _check_expressible(settings)
+    _check_expressible(settings, architecture)
     if architecture.model_type == "qwen2" and dims.heads * dims.head != dims.hidden:
         raise settings.wrong("attention.key_length", "is not hidden / heads, which cannot be converted")
     base = settings.number(
@@ -268,4 +290,6 @@ def model_config(
         config["attention_bias"] = tensors.has_attention_bias(file.tensors.keys())
     if architecture.model_type == "gemma3_text":
         return config | _gemma3(settings, dims)
+    if architecture.is_mixture:
+        config.update(_qwen3_moe(settings, dims))
     return config | {"hidden_act": "silu"}

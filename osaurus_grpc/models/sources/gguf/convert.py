@@ -1,8 +1,9 @@
 """Writes an MLX model folder from a GGUF file.
 
-Weights go through in runs of rows, so memory stays at a few tens of megabytes (plus one q or k
-projection as it is stored, whose rows are reordered) whatever the model's size. Everything is NumPy:
-no MLX, no thread to mind. Nothing in the file is executed; a chat template is copied as text.
+Weights go through in runs of rows, so their share of memory stays at some tens of megabytes (plus one q
+or k projection as it is stored, whose rows are reordered) whatever the model's size; what remains is the
+vocabulary, of which 262,144 tokens take about 300 MB while their merges are sorted. Everything is NumPy:
+no MLX, so any thread may convert. Nothing in the file is executed; a chat template is copied as text.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def _convert(file: GGUFFile, target: Path, report: Callable[[ConvertProgress], None], name: str) -> None:
     gguf_name, architecture = architecture_of(file)
     settings = Settings(file.metadata, gguf_name)
-    dims = dimensions(file, settings)
+    dims = dimensions(file, settings, is_mixture=architecture.is_mixture)
     plans = plan_tensors(file.tensors, architecture, dims)
     groups = [_stored(plan) for plan in plans]
     config = model_config(file, settings, architecture, dims)

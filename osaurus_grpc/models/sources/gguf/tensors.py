@@ -1,7 +1,7 @@
 """Which tensors a model of each architecture has: GGUF's names, MLX's names and the shapes.
 
 Names: GGUF's are those of llama.cpp (src/llama-arch.cpp, and `gguf.constants.TENSOR_NAMES`), MLX's are
-the parameter paths of mlx_lm/models/{llama,qwen2,qwen3,gemma3_text}.py, which are Hugging Face's.
+the parameter paths of mlx_lm/models/{llama,qwen2,qwen3,qwen3_moe,gemma3_text}.py, which are Hugging Face's.
 
 Two conventions differ and are undone here:
 
@@ -30,7 +30,7 @@ from osaurus_grpc.models.sources.gguf.reader import TensorInfo
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """The sizes that decide a model's shapes."""
+    """The sizes that decide a model's shapes; the experts' are 0 where there are none."""
 
     layers: int
     hidden: int
@@ -39,6 +39,8 @@ class Dimensions:
     kv_heads: int
     head: int
     vocabulary: int
+    experts: int = 0
+    expert_feed_forward: int = 0
 
     def size(self, letter: str) -> int:
         """One dimension by its letter in the tables below."""
@@ -55,6 +57,10 @@ class Dimensions:
                 return self.head
             case "v":
                 return self.vocabulary
+            case "e":
+                return self.experts
+            case "x":
+                return self.expert_feed_forward
             case _:
                 raise AssertionError(letter)
 
@@ -96,16 +102,25 @@ _MODEL: Final[_Table] = {
     "output_norm.weight": ("model.norm.weight", "d"),
 }
 _HEAD: Final[_Table] = {"output.weight": ("lm_head.weight", "vd")}
-_BLOCK: Final[_Table] = {
+_ATTENTION: Final[_Table] = {
     "attn_norm.weight": ("input_layernorm.weight", "d"),
     "attn_q.weight": ("self_attn.q_proj.weight", "qd"),
     "attn_k.weight": ("self_attn.k_proj.weight", "kd"),
     "attn_v.weight": ("self_attn.v_proj.weight", "kd"),
     "attn_output.weight": ("self_attn.o_proj.weight", "dq"),
     "ffn_norm.weight": ("post_attention_layernorm.weight", "d"),
+}
+_BLOCK: Final[_Table] = {
+    **_ATTENTION,
     "ffn_gate.weight": ("mlp.gate_proj.weight", "fd"),
     "ffn_up.weight": ("mlp.up_proj.weight", "fd"),
     "ffn_down.weight": ("mlp.down_proj.weight", "df"),
+}
+_EXPERTS: Final[_Table] = {
+    "ffn_gate_inp.weight": ("mlp.gate.weight", "ed"),
+    "ffn_gate_exps.weight": ("mlp.switch_mlp.gate_proj.weight", "exd"),
+    "ffn_up_exps.weight": ("mlp.switch_mlp.up_proj.weight", "exd"),
+    "ffn_down_exps.weight": ("mlp.switch_mlp.down_proj.weight", "edx"),
 }
 _QKV_BIAS: Final[_Table] = {
     "attn_q.bias": ("self_attn.q_proj.bias", "q"),
@@ -144,6 +159,11 @@ class Architecture:
     permutes: bool = False
     norm_shift: float = 0.0
 
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the blocks have experts."""
+        return any(letters.startswith("e") for _, letters in self.block.values())
+
 
 ARCHITECTURES: Final[Mapping[str, Architecture]] = {
     "llama": Architecture(
@@ -151,6 +171,7 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
     ),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", {**_BLOCK, **_QKV_BIAS}),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", {**_BLOCK, **_QK_NORM}),
+    "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM", {**_ATTENTION, **_QK_NORM, **_EXPERTS}),
     "gemma3": Architecture(
         "gemma3_text", "Gemma3ForCausalLM", {**_BLOCK, **_QK_NORM, **_GEMMA_NORMS}, norm_shift=-1.0
     ),
