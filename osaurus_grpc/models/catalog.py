@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 from osaurus_grpc.errors import ModelNotFoundError
 from osaurus_grpc.models import facts, naming
@@ -73,12 +74,11 @@ class ModelEntry:
     is_managed: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Candidate(NamedTuple):
     """A folder that may be a model, with what tells whether it changed."""
 
     repo_id: str
-    path: Path
+    path: str
     is_managed: bool
     signature: tuple[FileStat, ...] | tuple[str, int, int]
 
@@ -109,8 +109,8 @@ class Catalog:
         self._aliases = dict(aliases)
         self._fallback_model = fallback_model
         self._lock = threading.Lock()
-        self._candidates: dict[Path, _Candidate] = {}
-        self._inspected: dict[Path, ModelEntry | None] = {}
+        self._candidates: dict[str, _Candidate] = {}
+        self._inspected: dict[str, ModelEntry | None] = {}
         self._entries: tuple[ModelEntry, ...] = ()
 
     def entries(self) -> tuple[ModelEntry, ...]:
@@ -151,10 +151,7 @@ class Catalog:
 
     def _refresh(self) -> None:
         """Look for changed folders and read those again."""
-        found = {candidate.path: candidate for candidate in self._managed()}
-        names = {candidate.repo_id.casefold() for candidate in found.values()}
-        # The same repository in the models directory wins over the one in the cache.
-        found |= {each.path: each for each in self._cached() if each.repo_id.casefold() not in names}
+        found = {candidate.path: candidate for candidate in self._scan()}
         if found == self._candidates:
             return
         self._inspected = {
@@ -163,89 +160,90 @@ class Catalog:
         }
         self._candidates = found
         whole = [entry for entry in self._inspected.values() if entry is not None]
+        managed = {entry.repo_id.casefold() for entry in whole if entry.is_managed}
+        # The same repository in the models directory wins over the one in the cache.
+        whole = [entry for entry in whole if entry.is_managed or entry.repo_id.casefold() not in managed]
         ids = naming.assign_ids(entry.repo_id for entry in whole)
         listed = (replace(entry, id=ids[entry.repo_id]) for entry in whole)
         self._entries = tuple(sorted(listed, key=lambda entry: entry.id))
 
-    def _managed(self) -> Iterator[_Candidate]:
-        for child in _folders(self._models_dir):
-            if _has_config(child):
-                yield from _managed_candidate(child.name, child)
+    def _scan(self) -> Iterator[_Candidate]:
+        for name, path in _folders(str(self._models_dir)):
+            if files := _model_files(path):
+                yield _Candidate(name, path, True, files)
                 continue
-            for grandchild in _folders(child):
-                if _has_config(grandchild):
-                    yield from _managed_candidate(f"{child.name}/{grandchild.name}", grandchild)
+            for inner, inner_path in _folders(path):
+                if files := _model_files(inner_path):
+                    yield _Candidate(f"{name}/{inner}", inner_path, True, files)
+        if self._hub_cache_dir is not None:
+            for name, path in _folders(str(self._hub_cache_dir)):
+                if name.startswith(_CACHE_PREFIX):
+                    yield from _cached_candidate(name, path)
 
-    def _cached(self) -> Iterator[_Candidate]:
-        for repository in _folders(self._hub_cache_dir) if self._hub_cache_dir is not None else ():
-            if repository.name.startswith(_CACHE_PREFIX):
-                yield from _cached_candidate(repository)
 
+def _folders(path: str) -> list[tuple[str, str]]:
+    """Names and paths of the visible folders in a folder, links followed, sorted.
 
-def _folders(path: Path) -> list[Path]:
-    """Visible folders in a folder, links followed, sorted; none where it cannot be read."""
+    A folder that cannot be read has none. Paths are strings in here: a scan happens for every
+    request, and Path objects would take most of its time.
+    """
     try:
         with os.scandir(path) as entries:
-            return sorted(
-                Path(entry.path) for entry in entries if entry.name[:1] != "." and _is_folder(entry)
-            )
+            return sorted((entry.name, entry.path) for entry in entries if _is_visible_folder(entry))
     except OSError:
         return []
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _is_visible_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        return entry.is_dir()
+        return entry.name[0] != "." and entry.is_dir()
     except OSError:
         return False  # a circle of links, or gone
 
 
-def _has_config(path: Path) -> bool:
-    try:
-        return (path / CONFIG_FILE).is_file()
-    except OSError:
-        return False
-
-
-def _managed_candidate(repo_id: str, path: Path) -> Iterator[_Candidate]:
+def _model_files(path: str) -> tuple[FileStat, ...]:
+    """The files of a folder with a config.json; none of another."""
     try:
         files = list_files(path)
     except OSError:
-        return
-    yield _Candidate(repo_id=repo_id, path=path, is_managed=True, signature=files)
+        return ()
+    return files if any(file.name == CONFIG_FILE for file in files) else ()
 
 
-def _cached_candidate(repository: Path) -> Iterator[_Candidate]:
+def _cached_candidate(name: str, path: str) -> Iterator[_Candidate]:
     """The current revision of a repository in the cache.
 
     Blobs of the cache never change under their name, so the times of the folders tell of every change.
     """
-    repo_id = repository.name.removeprefix(_CACHE_PREFIX).replace("--", "/")
+    repo_id = name.removeprefix(_CACHE_PREFIX).replace("--", "/")
     try:
-        revision = (repository / "refs" / "main").read_text(encoding="ascii").strip()
+        with open(f"{path}/refs/main", encoding="ascii") as reference:  # noqa: PTH123  (see _folders)
+            revision = reference.read(64).strip()
         if not revision.isalnum():
             return
-        snapshot = repository / "snapshots" / revision
-        changed = (snapshot.stat().st_mtime_ns, (repository / "blobs").stat().st_mtime_ns)
+        snapshot = f"{path}/snapshots/{revision}"
+        changed = os.stat(snapshot).st_mtime_ns  # noqa: PTH116  (see _folders)
+        blobs_changed = os.stat(f"{path}/blobs").st_mtime_ns  # noqa: PTH116  (see _folders)
     except (OSError, ValueError):
         return
-    yield _Candidate(repo_id=repo_id, path=snapshot, is_managed=False, signature=(revision, *changed))
+    yield _Candidate(repo_id, snapshot, False, (revision, changed, blobs_changed))
 
 
 def _inspected(candidate: _Candidate) -> ModelEntry | None:
     """Read a folder; None, with a line in the log, where it is not a whole model."""
+    path = Path(candidate.path)
     try:
-        folder = inspect(candidate.path)
+        folder = inspect(path)
     except IncompleteModelError as error:
         level = logging.WARNING if candidate.is_managed else logging.DEBUG
         logger.log(level, "model not listed model=%s reason=%r", candidate.repo_id, str(error))
         return None
-    template = facts.chat_template(candidate.path)
+    template = facts.chat_template(path)
     newest = max(file.mtime_ns for file in folder.files)
     return ModelEntry(
         id="",
         repo_id=candidate.repo_id,
-        path=candidate.path,
+        path=path,
         size_bytes=sum(file.size for file in folder.files),
         digest=facts.digest(folder),
         modify_time=datetime.fromtimestamp(newest / 1e9, UTC),

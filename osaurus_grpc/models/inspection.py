@@ -14,6 +14,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from osaurus_grpc.models.weights import DamagedWeightsError, WeightsHeader, read_header
 
@@ -41,9 +42,10 @@ class IncompleteModelError(ValueError):
     """A folder is not a whole model. The text says what is missing, without paths."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileStat:
+class FileStat(NamedTuple):
     """One file directly in a model folder; a link counts as what it points to.
+
+    A tuple, since every listing makes and compares one for each file.
 
     Attributes:
         name: Its name.
@@ -85,7 +87,7 @@ def is_pickle(name: str) -> bool:
     return name.endswith(_PICKLE_SUFFIXES)
 
 
-def list_files(path: Path) -> tuple[FileStat, ...]:
+def list_files(path: Path | str) -> tuple[FileStat, ...]:
     """The regular files directly in a folder, sorted by name; what vanishes meanwhile is left out.
 
     Raises:
@@ -100,7 +102,7 @@ def list_files(path: Path) -> tuple[FileStat, ...]:
                 continue  # a dangling link, or deleted just now
             if stat.S_ISREG(status.st_mode):
                 found.append(FileStat(entry.name, status.st_size, status.st_mtime_ns, status.st_ino))
-    return tuple(sorted(found, key=lambda file: file.name))
+    return tuple(sorted(found))
 
 
 def inspect(path: Path, files: tuple[FileStat, ...] | None = None) -> ModelFolder:

@@ -320,6 +320,13 @@ def test_the_models_directory_wins_over_the_cache(models_dir: Path, tmp_path: Pa
     assert entry.is_managed
 
 
+def test_a_damaged_folder_does_not_hide_the_cached_model(models_dir: Path, tmp_path: Path) -> None:
+    write_cached(tmp_path / "hub", "org/Model")
+    (write_model(models_dir / "org" / "Model") / "tokenizer.json").unlink()
+    (entry,) = Catalog(models_dir, hub_cache_dir=tmp_path / "hub").entries()
+    assert not entry.is_managed
+
+
 def test_one_basename_in_two_places_is_qualified(models_dir: Path, tmp_path: Path) -> None:
     write_cached(tmp_path / "hub", "other/Model")
     write_model(models_dir / "org" / "Model")

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import httpx2
 from huggingface_hub import get_session
+from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]  # public, without __all__
 
@@ -24,7 +25,8 @@ from osaurus_grpc.models.sources.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = httpx2.Timeout(30.0, connect=10.0)
+# A cancelled fetch that waits for a silent server notices after this.
+_TIMEOUT = httpx2.Timeout(HF_HUB_DOWNLOAD_TIMEOUT)
 # Attempts in a row that bring no byte before giving up, and the wait before each but the first.
 _RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0)
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -159,7 +161,7 @@ def _request(file: RemoteFile, part: _Part, headers: Mapping[str, str], progress
     if part.size:
         asked["Range"] = f"bytes={part.size}-"
     with get_session().stream(
-        "GET", file.url, headers=asked, timeout=TIMEOUT, follow_redirects=True
+        "GET", file.url, headers=asked, timeout=_TIMEOUT, follow_redirects=True
     ) as response:
         if response.status_code == 416:
             part.restart()
