@@ -203,6 +203,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a token twice": (byte_level_metadata(), {"ggml.tokens": [*TOKENS[:-1], "h"]}, "holds a token twice"),
     "too few types": (byte_level_metadata(), {"ggml.token_type": [1, 1]}, "ggml.token_type"),
     "an id out of range": (byte_level_metadata(), {"ggml.eos_token_id": 5_000}, "ggml.eos_token_id"),
+    "an id that is a list": (byte_level_metadata(), {"ggml.eos_token_id": [1, 2]}, "ggml.eos_token_id"),
     "an id that is a text": (byte_level_metadata(), {"ggml.bos_token_id": "1"}, "ggml.bos_token_id"),
     "a template that is a number": (byte_level_metadata(), {"chat_template": 1}, "chat_template"),
     "a flag that is a text": (byte_level_metadata(), {"ggml.add_bos_token": "yes"}, "ggml.add_bos_token"),

@@ -113,9 +113,13 @@ def _flag(metadata: Mapping[str, MetadataValue], key: str) -> bool | None:
 
 def _token_id(metadata: Mapping[str, MetadataValue], key: str, count: int) -> int | None:
     value = metadata.get(f"tokenizer.ggml.{key}_token_id")
-    if value is None or value in (-1, 0xFFFFFFFF):  # how "none" is written
+    if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise wrong(f"ggml.{key}_token_id")
+    if value in (-1, 0xFFFFFFFF):  # how "none" is written
+        return None
+    if not 0 <= value < count:
         raise wrong(f"ggml.{key}_token_id")
     return value
 
