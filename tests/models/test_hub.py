@@ -121,6 +121,15 @@ def test_a_server_without_ranges_is_read_from_the_start_again(
     assert file_bytes(fetch_quietly(REPO, models_dir)) == repository
 
 
+def test_a_server_that_always_breaks_off_and_starts_over_is_given_up(
+    hub: Hub, repository: dict[str, bytes], models_dir: Path
+) -> None:
+    hub.faults.cut_after = [100_000, 200_000] * 50
+    hub.faults.ignore_ranges = True
+    with pytest.raises(SourceUnavailableError, match="broke off"):
+        fetch_quietly(REPO, models_dir)
+
+
 def test_transient_refusals_are_retried(hub: Hub, repository: dict[str, bytes], models_dir: Path) -> None:
     hub.faults.statuses = [503, 429, 500]
     assert file_bytes(fetch_quietly(REPO, models_dir)) == repository

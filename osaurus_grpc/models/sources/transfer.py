@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ def download(file: RemoteFile, target: Path, *, headers: Mapping[str, str], prog
         OSError: The disk is full, for example.
     """
     if target.exists():
+        progress.show("downloading", file.name, file.size, file.size)
         return
     part_path = target.with_name(f"{target.name}.part")
     with part_path.open("a+b") as sink:
@@ -112,6 +114,9 @@ def download(file: RemoteFile, target: Path, *, headers: Mapping[str, str], prog
             # Once again from the start: the part may have been damaged by a crash.
             part.restart()
             _complete(file, part, headers, progress)
+        # Under its final name the content is trusted, also after a power cut.
+        sink.flush()
+        os.fsync(sink.fileno())
     if not part.is_right:
         part_path.unlink()
         raise SourceInvalidError(
@@ -122,14 +127,15 @@ def download(file: RemoteFile, target: Path, *, headers: Mapping[str, str], prog
 
 def _complete(file: RemoteFile, part: _Part, headers: Mapping[str, str], progress: Progress) -> None:
     """Request until the file has its size."""
-    failures = 0
+    failures, best = 0, part.size
     while part.missing:
-        before = part.size
         with _named_errors(file.name) as failure:
             _request(file, part, headers, progress)
         if not part.missing:
             break
-        failures = 0 if part.size > before else failures + 1
+        # Measured against the best attempt: a server without ranges starts over each time.
+        failures = 0 if part.size > best else failures + 1
+        best = max(best, part.size)
         if failures >= len(_RETRY_SECONDS) + 1:
             raise SourceUnavailableError(
                 f"The download of {file.name} broke off and could not be resumed; run it again to go on."
