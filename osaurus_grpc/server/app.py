@@ -175,10 +175,13 @@ class Core:
         return _address(self._settings.host, self.port)
 
     async def bind(self) -> None:
-        """Listen, with health NOT_SERVING and calls answered as far as they need no engine.
+        """Listen and start the engine; health says NOT_SERVING until prepare() is done.
+
+        Leaves nothing to close where it raises.
 
         Raises:
-            StartError: The address cannot be bound, or must not be without a key.
+            StartError: The address cannot be bound, or must not be without a key, or the engine's
+                self-test failed.
         """
         settings = self._settings
         if not (is_loopback(settings.host) or settings.api_keys or settings.insecure_expose):
@@ -193,7 +196,10 @@ class Core:
         except RuntimeError as error:
             message = f"cannot listen on {_address(settings.host, settings.grpc_port)}: it was just taken"
             raise StartError(message) from error
-        await self.engine.start()
+        try:
+            await self.engine.start()
+        except RuntimeError as error:
+            raise StartError(f"the engine cannot start: {error}") from error
         await self._server.start()
 
     async def prepare(self) -> None:
@@ -260,8 +266,8 @@ async def serve(settings: Settings) -> None:
     stopped = asyncio.create_task(_stop_signal())
     platform.set_blas_threads(settings.blas_threads)
     core = Core(settings)
+    await core.bind()
     try:
-        await core.bind()
         # Whoever starts a core reads its port from this line.
         sys.stdout.write(f"osaurus-core listening on {core.address}\n")
         sys.stdout.flush()
@@ -269,12 +275,11 @@ async def serve(settings: Settings) -> None:
         await asyncio.wait((stopped, preparing), return_when=asyncio.FIRST_COMPLETED)
         if preparing.done():
             await preparing
-            number = await stopped
         else:
             preparing.cancel()
             with contextlib.suppress(asyncio.CancelledError, StartError):
                 await preparing
-            number = await stopped
+        number = await stopped
         logger.info("event=stop_signal signal=%s", number.name)
         await core.drain(settings.drain_seconds)
     finally:

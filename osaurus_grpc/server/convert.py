@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from types import MappingProxyType
 from typing import Final
 
@@ -159,15 +160,16 @@ def model_to_proto(
         chat_template=chat_template,
         is_default=is_default,
     )
-    model.modify_time.CopyFrom(_timestamp(entry.modify_time.timestamp()))
+    model.modify_time.CopyFrom(_timestamp(entry.modify_time))
     if residence.expire_time is not None:
-        model.expire_time.CopyFrom(_timestamp(residence.expire_time.timestamp()))
+        model.expire_time.CopyFrom(_timestamp(residence.expire_time))
     return model
 
 
-def _timestamp(seconds: float) -> Timestamp:
-    whole = math.floor(seconds)
-    return Timestamp(seconds=whole, nanos=min(round((seconds - whole) * 1e9), 999_999_999))
+def _timestamp(moment: datetime) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromDatetime(moment)
+    return timestamp
 
 
 class ChatFold:

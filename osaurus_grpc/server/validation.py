@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Never
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -175,9 +175,14 @@ def _message_violations(path: str, message: chat_pb2.Message) -> Iterator[FieldV
             yield _violation(f"{path}.tool_calls[{j}].function.name", "must not be empty.")
 
 
+def _refuse_constant(name: str) -> Never:
+    raise ValueError(name)
+
+
 def _is_json_object(text: str) -> bool:
     try:
-        return isinstance(json.loads(text), dict)
+        # NaN and Infinity are Python's own; JSON has none.
+        return isinstance(json.loads(text, parse_constant=_refuse_constant), dict)
     except (ValueError, RecursionError):
         return False
 
