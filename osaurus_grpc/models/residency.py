@@ -389,7 +389,7 @@ def _build(entry: ModelEntry, dtype: str) -> Any:
     from mlx_lm.utils import dequantize_model, load_model
 
     try:
-        model, _ = load_model(entry.path, lazy=True, strict=True)
+        model, config = load_model(entry.path, lazy=True, strict=True)
     except Exception as error:  # whatever the files make mlx-lm raise
         logger.exception("event=model_unusable model=%s", entry.id)
         raise ModelUnusableError(_reason(entry, error), model=entry.id) from error
@@ -402,6 +402,10 @@ def _build(entry: ModelEntry, dtype: str) -> Any:
     plan = plan_weights(entry.parameter_count, dtype)
     if plan.dtype is not None:
         model.set_dtype(plan.dtype)  # scales too: weights are then expanded in that dtype, unrounded
+    elif "osaurus" in config:
+        # Converted from GGUF, whose norms and K-quant scales are float32: kept so, they would widen
+        # every activation and the KV cache.
+        model.set_dtype(getattr(mx, config["dtype"]))
     if plan.is_dequantized:
         model = dequantize_model(model)
     model.eval()
