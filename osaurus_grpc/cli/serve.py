@@ -108,7 +108,7 @@ def _in_use_text(plan: Plan) -> str:
     who = (
         f"another server, {others[0].http} (process {others[0].pid}), uses the models directory"
         if others
-        else "another server, which is just starting or stopping, uses the models directory"
+        else "another server, which is starting or stopping or another user's, uses the models directory"
     )
     return (
         f"{who} {plan.core.models_dir}. Stop it with `osaurus stop`, choose another directory with "

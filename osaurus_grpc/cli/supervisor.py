@@ -15,7 +15,9 @@ from osaurus_grpc.cli.process import Child, ChildEndedError, ending_text
 # Loading a model from a slow disk.
 READY_SECONDS = 900.0
 _HEALTH_SECONDS = 3.0
-_HEALTH_INTERVAL_SECONDS = 0.1
+# Between two looks at a server that starts: soon at first, seldom when a large model loads.
+_FIRST_INTERVAL_SECONDS = 0.1
+_MAX_INTERVAL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +201,10 @@ def _port(address: str) -> int:
 
 
 async def _poll_health(url: str) -> None:
-    while True:
-        if await asyncio.to_thread(is_healthy, url):
-            return
-        await asyncio.sleep(_HEALTH_INTERVAL_SECONDS)
+    interval = _FIRST_INTERVAL_SECONDS
+    while not await asyncio.to_thread(is_healthy, url):
+        await asyncio.sleep(interval)
+        interval = min(interval * 1.5, _MAX_INTERVAL_SECONDS)
 
 
 def is_healthy(url: str, timeout: float = _HEALTH_SECONDS) -> bool:

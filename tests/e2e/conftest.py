@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.serving import Served, serving
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A home directory that only this test's commands use."""
+    path = tmp_path / "home"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def models_dir(tmp_path: Path, tiny_dir: Path) -> Path:
+    """A models directory with the tiny model, which no other test's server uses."""
+    path = tmp_path / "models"
+    path.mkdir()
+    (path / "tiny-llama").symlink_to(tiny_dir / "tiny-llama")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny_served(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Iterator[Served]:
+    """`osaurus serve --model tiny-llama`, for tests that leave it running."""
+    arguments = ("--model=tiny-llama", f"--models-dir={tiny_dir}", "--max-output-tokens=16")
+    with serving(tmp_path_factory.mktemp("home"), *arguments) as served:
+        yield served
