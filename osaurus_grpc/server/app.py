@@ -180,10 +180,12 @@ class Core:
         Leaves nothing to close where it raises.
 
         Raises:
-            StartError: The address cannot be bound, or must not be without a key, or the engine's
-                self-test failed.
+            StartError: The address cannot be bound, or must not be without a key; a key is empty; the
+                engine's self-test failed.
         """
         settings = self._settings
+        if not all(key.strip() for key in settings.api_keys):
+            raise StartError("an API key is empty; anyone could show that one")
         if not (is_loopback(settings.host) or settings.api_keys or settings.insecure_expose):
             raise StartError(
                 f"refusing to listen on {settings.host}, which others can reach, without a key: "

@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import assert_never
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, assert_never
 
 from osaurus_grpc.chat.assembler import Assembler
 from osaurus_grpc.chat.detokenize import token_bytes
@@ -15,6 +13,9 @@ from osaurus_grpc.chat.types import AnswerEnd, AnswerEvent, AnswerFinished, Text
 from osaurus_grpc.engine.types import GenerationFinished, PrefillStarted, StopCause, Token
 from osaurus_grpc.server.convert import logprobs_to_proto
 from osaurus_grpc.v1 import chat_pb2, sampling_pb2
+
+if TYPE_CHECKING:  # transformers takes a second to import, and callers bring the object
+    from transformers import PreTrainedTokenizerBase
 
 
 class Choice:

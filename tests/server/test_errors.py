@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from osaurus_grpc.engine.engine import Engine
+from osaurus_grpc.engine.types import EngineEvent, GenerationRequest, TokensGenerated
+from osaurus_grpc.errors import EngineError
+from osaurus_grpc.models import residency
 from osaurus_grpc.server.app import Core
 from osaurus_grpc.v1 import (
     chat_pb2,
@@ -26,6 +30,7 @@ from tests.server.cores import (
     TINY,
     RichError,
     chat_request,
+    eventually,
     failure,
     inference_stub,
     running_core,
@@ -288,6 +293,68 @@ async def test_the_engines_queue_is_bounded(tiny_dir: Path) -> None:
         assert error.retry_seconds is not None
         assert error.retry_seconds > 0
         running.cancel()
+
+
+async def test_no_room_for_another_model(tiny_dir: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).symlink_to(tiny_dir / TINY)
+    async with running_core(tmp_path, max_loaded_models=1) as core, inference_stub(core.address) as inference:
+        running = inference.ChatStream(
+            stream_request(chat_request(model="a", max_tokens=1_900, ignore_eos=True))
+        )
+        await running.read()
+
+        error = await failure(inference.Chat(chat_request(model="b")))
+
+        require_reason(error, grpc.StatusCode.RESOURCE_EXHAUSTED, "INSUFFICIENT_MEMORY")
+        running.cancel()
+        await eventually(lambda: len(core.calls) == 0)
+        assert (await inference.Chat(chat_request(model="b"))).model == "b"
+
+
+async def test_a_model_in_use_is_not_unloaded(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "_UNLOAD_WAIT_SECONDS", 0.05)
+    async with (
+        running_core(tiny_dir) as core,
+        inference_stub(core.address) as inference,
+        grpc.aio.insecure_channel(core.address) as channel,
+    ):
+        running = inference.ChatStream(stream_request(chat_request(max_tokens=1_900, ignore_eos=True)))
+        await running.read()
+
+        error = await failure(
+            ModelServiceStub(channel).UnloadModel(model_service_pb2.UnloadModelRequest(model=TINY))
+        )
+
+        require_reason(error, grpc.StatusCode.ABORTED, "MODEL_BUSY")
+        assert error.resource is not None
+        assert error.resource.resource_name == TINY
+        running.cancel()
+
+
+async def test_an_engine_that_fails_in_mid_stream(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # No request can make the device fail; everything before and after the failure is real.
+    generate = Engine.generate
+
+    async def break_off(self: Engine, request: GenerationRequest) -> AsyncIterator[EngineEvent]:
+        async with aclosing(generate(self, request)) as events:
+            async for event in events:
+                yield event
+                if isinstance(event, TokensGenerated):
+                    raise EngineError
+
+    monkeypatch.setattr(Engine, "generate", break_off)
+    async with running_core(tiny_dir) as core, inference_stub(core.address) as inference:
+        stream = inference.ChatStream(stream_request(chat_request()))
+        assert (await stream.read()).WhichOneof("event") == "started"
+        assert (await stream.read()).WhichOneof("event") == "content"
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await stream.read()
+        require_reason(RichError(raised.value), grpc.StatusCode.INTERNAL, "ENGINE_FAILED")
+
+        monkeypatch.undo()
+        assert (await inference.Chat(chat_request())).usage.completion_tokens == 8
+        assert core.engine.stats().running == 0
 
 
 async def test_what_is_unexpected_does_not_leak(

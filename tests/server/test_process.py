@@ -131,6 +131,12 @@ def test_no_exposure_without_a_key(tmp_path: Path) -> None:
     assert "--insecure-expose" in line
 
 
+def test_an_empty_key_is_none(tmp_path: Path) -> None:
+    line = failed_start(tmp_path, "--grpc-port", "0", "--api-key", "good", "--api-key", " ")
+
+    assert line == "osaurus-core: an API key is empty; anyone could show that one"
+
+
 def test_exposure_with_a_key(tiny_dir: Path) -> None:
     with core_process(tiny_dir, "--host", EVERY_ADDRESS, env={"OSAURUS_API_KEY": "key"}) as process:
         port = process.address.rpartition(":")[2]
