@@ -108,7 +108,10 @@ async def _measure(entry: ModelEntry | None, core: Settings) -> int:
 
     engine = Engine(max_batch_size=1, max_waiting_requests=1, prefill_chunk_tokens=core.prefill_chunk_tokens)
     async with asyncio.timeout(_MEASURE_SECONDS):
-        await engine.start()
+        try:
+            await engine.start()
+        except RuntimeError as error:  # mlx-lm is not the release that the engine was written for
+            raise CommandError(f"{error}.") from None
         try:
             speed = await engine.call(measure_gemm)
             print(f"  matrix product, 1024 x 1024, float32: {speed:.0f} GFLOP/s", flush=True)

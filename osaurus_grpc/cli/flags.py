@@ -19,7 +19,7 @@ class FlagGroup:
 
     Args:
         parser: Gets the flags.
-        known: Flags declared so far on that parser, by any group, with their destination.
+        known: Flags declared so far on that parser, by any group.
         excluded: Flags that serve sets itself.
     """
 
@@ -27,20 +27,23 @@ class FlagGroup:
         self,
         parser: argparse.ArgumentParser,
         title: str,
-        known: dict[str, str],
+        known: dict[str, argparse.Action],
         excluded: Sequence[str] = (),
     ) -> None:
         self._group = parser.add_argument_group(title)
         self._known = known
         self._excluded = excluded
-        self._flags: dict[str, str] = {}
+        self._flags: dict[str, argparse.Action] = {}
 
     def add_argument(self, *names: str, **options: object) -> None:
         """Declare a flag as argparse does; the environment variable is dropped."""
         flag = names[0]
         if flag in self._excluded:
             return
-        if flag not in self._known:
+        if flag in self._known:
+            shared = self._known[flag]
+            shared.help = f"{shared.help}; for both processes"
+        else:
             default = options.get("default")
             options.pop("env_var", None)
             options["default"] = argparse.SUPPRESS
@@ -49,16 +52,15 @@ class FlagGroup:
             if callable(check := options.get("type")):
                 options["type"] = _as_written(check)
             # argparse's own signature has no room for options passed on as they came.
-            action = self._group.add_argument(*names, **options)  # type: ignore[arg-type]
-            self._known[flag] = action.dest
+            self._known[flag] = self._group.add_argument(*names, **options)  # type: ignore[arg-type]
         self._flags[flag] = self._known[flag]
 
     def command_line(self, values: argparse.Namespace) -> list[str]:
         """The flags of this group that were given, for the process that they are for."""
         given = vars(values)
         arguments: list[str] = []
-        for flag, destination in self._flags.items():
-            match given.get(destination):
+        for flag, action in self._flags.items():
+            match given.get(action.dest):
                 case None | False:
                     pass
                 case True:

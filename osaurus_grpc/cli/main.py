@@ -7,6 +7,7 @@ wait for MLX or gRPC. Exit statuses: 0 done, 1 failed, 2 wrong usage, 130 interr
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -123,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # An answer may hold characters that the terminal's encoding lacks.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    logging.basicConfig(format="osaurus: %(message)s", level=logging.WARNING)
     try:
         status = _run(list(sys.argv[1:] if arguments is None else arguments))
     except SystemExit as exit_request:  # argparse: --help and usage errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -22,7 +23,9 @@ class CommandError(Exception):
 
 def note(message: str) -> None:
     """Tell the person what is going on, apart from the command's result."""
-    print(f"osaurus: {message}", file=sys.stderr, flush=True)
+    # Whoever read this may have gone; a server goes on without.
+    with contextlib.suppress(OSError):
+        print(f"osaurus: {message}", file=sys.stderr, flush=True)
 
 
 def size_text(size_bytes: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import errno
 import json
@@ -58,7 +59,7 @@ def read_plan(arguments: Sequence[str]) -> Plan:
         default=os.environ.get("OSAURUS_MODEL", ""),
         help="fetch this model if it is missing, load it, and make it the default",
     )
-    known: dict[str, str] = {}
+    known: dict[str, argparse.Action] = {}
     core_flags = FlagGroup(parser, "the gRPC core", known)
     core_module.add_arguments(core_flags)
     rest_flags = FlagGroup(parser, "the HTTP server", known, excluded=("--core",))
@@ -178,7 +179,9 @@ class _Serving:
         work = asyncio.create_task(self._serve())
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, self._on_signal, number, work)
+            # nohup ignores SIGHUP for us, so that the server outlives its terminal.
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, self._on_signal, number, work)
         try:
             await work
         except asyncio.CancelledError:

@@ -217,3 +217,25 @@ def test_ctrl_c_while_it_starts_leaves_nothing(models_dir: Path, home: Path) -> 
         served.popen.kill()
         served.popen.stdout.close()
     assert "Traceback" not in served.err()
+
+
+def test_a_runtime_directory_that_cannot_be_written_is_no_reason_not_to_serve(
+    models_dir: Path, home: Path
+) -> None:
+    (home / "runtime").touch()
+    with serving(home, f"--models-dir={models_dir}") as served:
+        assert is_healthy(served.http)
+        assert "`osaurus status` and `osaurus stop` will not find this server" in served.err()
+
+
+def test_nohup_outlives_the_terminal(models_dir: Path, home: Path) -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as nohup does it
+    try:
+        with serving(home, f"--models-dir={models_dir}") as served:
+            served.popen.send_signal(signal.SIGHUP)
+            served.popen.send_signal(signal.SIGHUP)
+            assert run_command(home, "status").returncode == 0
+            assert is_healthy(served.http)
+            assert served.signal_and_wait(signal.SIGTERM) == 0
+    finally:
+        signal.signal(signal.SIGHUP, previous)
