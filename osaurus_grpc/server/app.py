@@ -84,15 +84,22 @@ def require_bindable(host: str, port: int) -> None:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise StartError(f"cannot listen on {_address(host, port)}: unknown host") from error
+    failures = []
     for family, kind, protocol, _, address in found:
-        with socket.socket(family, kind, protocol) as probe:
-            # As gRPC does: connections of a server that just ended do not keep the port.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                # As gRPC does: connections of a server that just ended do not keep the port.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
                 probe.listen(1)
-            except OSError as error:
-                raise StartError(_bind_failure(_address(host, port), error)) from error
+        except OSError as error:
+            failures.append(error)
+    # "localhost" often has an IPv6 address on machines without IPv6: one good address is enough,
+    # unless somebody else answers on another.
+    taken = [error for error in failures if error.errno == errno.EADDRINUSE]
+    if taken or len(failures) == len(found):
+        failure = (taken or failures)[0]
+        raise StartError(_bind_failure(_address(host, port), failure)) from failure
 
 
 def _bind_failure(address: str, error: OSError) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,15 @@ def is_idle(core: Core) -> bool:
     return stats.running == 0 and stats.waiting == 0 and len(core.calls) == 0
 
 
+@asynccontextmanager
+async def cut_short(core: Core, *, choices: int = 1) -> AsyncIterator[None]:
+    """What ends inside leaves the core idle, and did not simply run to its end."""
+    before = core.engine.stats().completion_tokens
+    yield
+    await eventually(lambda: is_idle(core))
+    assert core.engine.stats().completion_tokens - before < choices * (ENDLESS_TOKENS - 200)
+
+
 async def test_a_cancelled_stream_lets_the_next_one_in(tiny_dir: Path) -> None:
     async with (
         running_core(tiny_dir, max_concurrent_requests=1) as core,
@@ -48,39 +60,36 @@ async def test_a_cancelled_stream_lets_the_next_one_in(tiny_dir: Path) -> None:
         assert refused.info.reason == "OVERLOADED"
         assert refused.retry_seconds is not None
 
-        stream.cancel()
-        await eventually(lambda: is_idle(core))
+        async with cut_short(core):
+            stream.cancel()
 
         assert (await inference.Chat(chat_request())).usage.completion_tokens == 8
 
 
 async def test_a_cancelled_unary_call_stops_generating(core: Core, inference: Any) -> None:
-    call = inference.Chat(chat_request(max_tokens=ENDLESS_TOKENS, ignore_eos=True))
-    await eventually(lambda: core.engine.stats().running == 1)
+    async with cut_short(core):
+        call = inference.Chat(chat_request(max_tokens=ENDLESS_TOKENS, ignore_eos=True))
+        await eventually(lambda: core.engine.stats().running == 1)
 
-    call.cancel()
-
-    await eventually(lambda: is_idle(core))
+        call.cancel()
 
 
 async def test_a_stream_that_nobody_reads_can_be_cancelled(core: Core, inference: Any) -> None:
-    stream = inference.ChatStream(endless(top_logprobs=20))
-    await eventually(lambda: core.engine.stats().running == 1)
+    async with cut_short(core):
+        stream = inference.ChatStream(endless(top_logprobs=20))
+        await eventually(lambda: core.engine.stats().running == 1)
 
-    stream.cancel()
-
-    await eventually(lambda: is_idle(core))
+        stream.cancel()
 
 
 async def test_cancelling_during_prefill(core: Core, inference: Any) -> None:
     await inference.Chat(chat_request())
-    stream = inference.ChatStream(endless("word " * 1_500))
-    while (await stream.read()).WhichOneof("event") != "started":
-        pass
+    async with cut_short(core):
+        stream = inference.ChatStream(endless("word " * 1_500))
+        while (await stream.read()).WhichOneof("event") != "started":
+            pass
 
-    stream.cancel()
-
-    await eventually(lambda: is_idle(core))
+        stream.cancel()
     assert (await inference.Chat(chat_request())).usage.completion_tokens == 8
 
 
@@ -95,19 +104,18 @@ async def test_cancelling_in_the_engines_queue(tiny_dir: Path) -> None:
         await eventually(lambda: core.engine.stats().waiting == 0)
         assert core.engine.stats().running == 1
 
-        running.cancel()
-        await eventually(lambda: is_idle(core))
+        async with cut_short(core):
+            running.cancel()
 
 
 async def test_cancelling_some_choices_stops_them_all(core: Core, inference: Any) -> None:
-    request = endless()
-    request.chat.choice_count = 4
-    stream = inference.ChatStream(request)
-    await eventually(lambda: core.engine.stats().running == 4)
+    async with cut_short(core):
+        request = endless()
+        request.chat.choice_count = 4
+        stream = inference.ChatStream(request)
+        await eventually(lambda: core.engine.stats().running == 4)
 
-    stream.cancel()
-
-    await eventually(lambda: is_idle(core))
+        stream.cancel()
 
 
 async def test_a_waiter_that_leaves_does_not_abort_the_load(tiny_dir: Path) -> None:
@@ -123,24 +131,44 @@ async def test_a_waiter_that_leaves_does_not_abort_the_load(tiny_dir: Path) -> N
 
 
 async def test_a_deadline_ends_the_generation(core: Core, inference: Any) -> None:
-    request = endless()
-    request.chat.choice_count = 16
-    stream = inference.ChatStream(request, timeout=0.3)
+    async with cut_short(core, choices=16):
+        request = endless()
+        request.chat.choice_count = 16
+        stream = inference.ChatStream(request, timeout=0.3)
 
-    with pytest.raises(grpc.aio.AioRpcError) as raised:
-        async for _ in stream:
-            pass
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            async for _ in stream:
+                pass
 
-    assert raised.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    await eventually(lambda: is_idle(core))
+        assert raised.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-async def test_a_closed_channel_ends_the_generation(core: Core) -> None:
-    async with inference_stub(core.address) as inference:
-        stream = inference.ChatStream(endless())
-        await stream.read()
+CLIENT = """
+import sys, time, grpc
+from osaurus_grpc.v1 import chat_pb2
+from osaurus_grpc.v1.inference_service_pb2_grpc import InferenceServiceStub
+request = chat_pb2.ChatStreamRequest.FromString(bytes.fromhex(sys.argv[2]))
+stream = InferenceServiceStub(grpc.insecure_channel(sys.argv[1])).ChatStream(request)
+next(stream)
+print("started", flush=True)
+time.sleep(600)
+"""
 
-    await eventually(lambda: is_idle(core))
+
+async def test_a_client_that_dies_ends_the_generation(core: Core) -> None:
+    client = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", CLIENT, core.address, endless().SerializeToString().hex(),
+        stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with cut_short(core):
+            assert client.stdout is not None
+            assert await client.stdout.readline() == b"started\n"
+            client.kill()
+    finally:
+        if client.returncode is None:
+            client.kill()
+        await client.wait()
 
 
 async def test_failed_requests_hold_nothing(tiny_dir: Path) -> None:

@@ -27,7 +27,7 @@ from tests.harness.processes import (
 from tests.server.cores import TINY, RichError, chat_request, stream_request, text_of
 
 EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 - what the tests are about
-LONG = stream_request(chat_request(max_tokens=2_048, ignore_eos=True))
+LONG = stream_request(chat_request(max_tokens=1_200, ignore_eos=True))
 
 
 @pytest.fixture
@@ -122,6 +122,17 @@ def test_a_bad_host(tmp_path: Path, host: str, words: str) -> None:
     line = failed_start(tmp_path, "--host", host, "--grpc-port", "0", "--insecure-expose")
 
     assert line == f"osaurus-core: cannot listen on {host}:0: {words}"
+
+
+def test_localhost_by_name(tiny_dir: Path) -> None:
+    with core_process(tiny_dir, "--host", "localhost") as process:
+        assert process.address.startswith("localhost:")
+        port = process.address.rpartition(":")[2]
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            models = (
+                InferenceServiceStub(channel).ListModels(inference_service_pb2.ListModelsRequest()).models
+            )
+        assert [model.id for model in models] == [TINY]
 
 
 def test_no_exposure_without_a_key(tmp_path: Path) -> None:
