@@ -30,46 +30,65 @@ INTERRUPTED = 130
 class ProgressDisplay:
     """Shows how far a fetch is: bars in a terminal, a line for each step elsewhere.
 
-    Safe to call from several threads.
+    Steps may overlap, as when files are downloaded together. Safe to call from several threads.
     """
 
     def __init__(self) -> None:
         self._is_terminal = sys.stderr.isatty()
         self._lock = threading.Lock()
-        self._bar: tqdm[Never] | None = None
-        self._step = ("", "")
+        self._announced: set[tuple[str, str]] = set()
+        # None where the bar is full and closed.
+        self._bars: dict[tuple[str, str], tqdm[Never] | None] = {}
 
     def __call__(self, progress: FetchProgress) -> None:
         """Show one report."""
+        step = (progress.status, progress.file)
         with self._lock:
-            step = (progress.status, progress.file)
-            if step != self._step:
-                self._step = step
-                self._close_bar()
-                self._begin(progress)
-            if self._bar is not None:
-                self._bar.total = progress.total_bytes or None
-                self._bar.update(progress.completed_bytes - self._bar.n)
+            if self._is_terminal and progress.total_bytes:
+                self._move_bar(step, progress)
+            elif step not in self._announced:
+                self._announced.add(step)
+                self._announce(progress)
 
-    def _begin(self, progress: FetchProgress) -> None:
-        text = f"{progress.status} {progress.file}".strip()
-        if self._is_terminal and progress.total_bytes:
-            self._bar = tqdm(
-                desc=text, total=progress.total_bytes, unit="B", unit_scale=True, file=sys.stderr, leave=True
+    def _announce(self, progress: FetchProgress) -> None:
+        size = f" ({size_text(progress.total_bytes)})" if progress.total_bytes else ""
+        with tqdm.external_write_mode(file=sys.stderr):  # moves open bars out of the way
+            note(f"{progress.status} {progress.file}".strip() + size)
+
+    def _move_bar(self, step: tuple[str, str], progress: FetchProgress) -> None:
+        if step not in self._bars:
+            if not progress.file:
+                self._fill_bars_without_file()
+            if progress.completed_bytes >= progress.total_bytes:
+                return  # over before there was anything to watch
+            text = " ".join(step).strip()
+            self._bars[step] = tqdm(
+                desc=text, total=progress.total_bytes, unit="B", unit_scale=True, file=sys.stderr
             )
-        else:
-            size = f" ({size_text(progress.total_bytes)})" if progress.total_bytes else ""
-            note(f"{text}{size}")
+        bar = self._bars[step]
+        if bar is None:
+            return
+        bar.total = progress.total_bytes
+        bar.update(progress.completed_bytes - bar.n)
+        if progress.completed_bytes >= progress.total_bytes:
+            bar.close()
+            self._bars[step] = None
 
-    def _close_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+    def _fill_bars_without_file(self) -> None:
+        """Steps that are about no file follow one another: the next one says that the last is done."""
+        for step, bar in self._bars.items():
+            if bar is not None and not step[1]:
+                bar.update((bar.total or bar.n) - bar.n)
+                bar.close()
+                self._bars[step] = None
 
     def close(self) -> None:
         """Leave the terminal in order."""
         with self._lock:
-            self._close_bar()
+            for bar in self._bars.values():
+                if bar is not None:
+                    bar.close()
+            self._bars.clear()
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -159,12 +178,12 @@ def _id_of(path: Path, core: Settings) -> str:
 
 
 def _suggestions(name: str, core: Settings) -> str:
-    """Installed and built-in names that a wrong one may have meant, as further sentences."""
+    """Installed and built-in names that a wrong short name may have meant, as a further sentence."""
     from osaurus_grpc.models.sources import builtin
 
-    installed = [entry.id for entry in catalog(core).entries()]
+    if "/" in name or ":" in name or builtin.find(name) is not None:
+        return ""
+    installed = (entry.id for entry in catalog(core).entries())
     known = list(dict.fromkeys((*installed, *builtin.names())))
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-    if near:
-        return f" Did you mean {' or '.join(near)}?"
-    return f" Installed: {', '.join(installed) or 'none'}. Built in: {', '.join(builtin.names())}."
+    return f" Did you mean {' or '.join(near)}?" if near else ""

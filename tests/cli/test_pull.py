@@ -51,24 +51,29 @@ def test_where_nobody_watches_each_step_is_one_line(capsys: pytest.CaptureFixtur
     display = ProgressDisplay()
     for done in (0, 50_000_000, 92_900_000):
         display(FetchProgress("fetching", "model.safetensors", done, 92_900_000))
+        display(FetchProgress("fetching", "tokenizer.json"))
     display(FetchProgress("converting"))
     display.close()
     assert capsys.readouterr().err.splitlines() == [
         "osaurus: fetching model.safetensors (92.9 MB)",
+        "osaurus: fetching tokenizer.json",
         "osaurus: converting",
     ]
 
 
-def test_in_a_terminal_there_is_a_bar(
+def test_in_a_terminal_there_is_a_bar_for_each_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     display = ProgressDisplay()
-    for done in (0, 50_000_000, 92_900_000):
+    display(FetchProgress("fetching", "model.safetensors"))  # the size is not known at first
+    for done in (0, 50_000_000, 92_900_000, 92_900_000):
         display(FetchProgress("fetching", "model.safetensors", done, 92_900_000))
+        display(FetchProgress("fetching", "tokenizer.json", done // 100, 929_000))
     display(FetchProgress("converting"))
     display.close()
     told = capsys.readouterr().err
     assert "fetching model.safetensors: 100%" in told
-    assert "92.9M/92.9M" in told
+    assert told.count("92.9M/92.9M") == 1
+    assert told.count("929k/929k") == 1
     assert "converting" in told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.harness.processes import child_environment
 
@@ -104,12 +106,14 @@ class Served:
         assert alive == []
 
 
-def start(home: Path, *arguments: str, env: Mapping[str, str] | None = None) -> Served:
+def start(
+    home: Path, *arguments: str, env: Mapping[str, str] | None = None, prefix: tuple[str, ...] = ()
+) -> Served:
     """Start `osaurus serve` on free ports and return at once."""
     log = home / f"serve-{time.monotonic_ns()}.log"
     with log.open("w") as stderr:
         popen = subprocess.Popen(
-            [*COMMAND, "serve", "--port=0", "--grpc-port=0", *QUIET, *arguments],
+            [*prefix, *COMMAND, "serve", "--port=0", "--grpc-port=0", *QUIET, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stderr,
@@ -133,9 +137,11 @@ def end(served: Served) -> None:
 
 
 @contextmanager
-def serving(home: Path, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Served]:
+def serving(
+    home: Path, *arguments: str, env: Mapping[str, str] | None = None, prefix: tuple[str, ...] = ()
+) -> Iterator[Served]:
     """`osaurus serve` on free ports, once it has said that it is ready."""
-    served = start(home, *arguments, env=env)
+    served = start(home, *arguments, env=env, prefix=prefix)
     try:
         _wait_until_ready(served)
         yield served
@@ -166,13 +172,10 @@ def _wait_until_ready(served: Served) -> None:
     assert len(served.children) == 2
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process runs, a zombie not counted."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    return False
-
-
-def is_root() -> bool:
-    """Whether file modes bind this process."""
-    return os.geteuid() == 0
+def without_privileges() -> tuple[str, ...]:
+    """What to put before a command so that file modes bind it, also where the tests run as root."""
+    if os.geteuid() != 0:
+        return ()
+    if shutil.which("setpriv") is None:
+        pytest.skip("the tests run as root, whom file modes do not bind, and setpriv is not here")
+    return ("setpriv", "--bounding-set=-dac_override,-dac_read_search")

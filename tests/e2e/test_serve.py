@@ -16,7 +16,7 @@ import pytest
 from osaurus_grpc.cli.supervisor import is_healthy
 from osaurus_grpc.client import connect
 from osaurus_grpc.v1 import chat_pb2
-from tests.e2e.serving import Served, is_root, run_command, serving, start
+from tests.e2e.serving import Served, run_command, serving, start, without_privileges
 from tests.models.folders import write_model
 
 
@@ -168,16 +168,23 @@ def test_a_missing_model_is_fetched_first(tiny_dir: Path, tmp_path: Path, home: 
         assert "is not installed; fetching it" in served.err()
 
 
-@pytest.mark.skipif(is_root(), reason="root may write anywhere")
-def test_a_models_directory_that_is_read_only_is_no_error(tiny_dir: Path, tmp_path: Path, home: Path) -> None:
-    models_dir = tmp_path / "models"
-    shutil.copytree(tiny_dir, models_dir)
+def test_a_models_directory_that_is_read_only_is_no_error(models_dir: Path, home: Path) -> None:
     models_dir.chmod(0o555)
     try:
-        with serving(home, "--model=tiny-llama", f"--models-dir={models_dir}") as served:
-            assert is_healthy(served.http)
+        arguments = ("--model=tiny-llama", f"--models-dir={models_dir}")
+        with serving(home, *arguments, prefix=without_privileges()) as served:
+            assert chat_over_http(served.http)["model"] == "tiny-llama"
+            # The lock holds all the same.
+            assert "another server" in refused_beside(home, f"--models-dir={models_dir}")
     finally:
         models_dir.chmod(0o755)
+
+
+def refused_beside(home: Path, *arguments: str) -> str:
+    """Start a second server that cannot start, and return what it said."""
+    ended = run_command(home, "serve", "--port=0", "--grpc-port=0", *arguments)
+    assert ended.returncode == 1
+    return ended.stderr
 
 
 def test_keys_are_asked_for_and_not_shown_on_a_command_line(models_dir: Path, home: Path) -> None:
