@@ -39,6 +39,8 @@ class Settings:
         max_waiting_requests: Sequences waiting for a place in the batch, over all models.
         max_output_tokens: Cap of every request's max_tokens; 0 is none.
         prefill_chunk_tokens: Prompt tokens processed between two decode steps of running streams.
+        prompt_cache_bytes: Of KV caches that each model keeps for requests that begin alike; 0 keeps
+            none, negative takes a tenth of the memory.
         max_loaded_models: Models in memory at once; the least recently used idle one makes way.
         keep_alive_seconds: Unload a model that was not used for so long; negative is never.
         dtype: "auto", or what weights are held in: "float32", "float16", "bfloat16", "native".
@@ -64,6 +66,7 @@ class Settings:
     max_waiting_requests: int = 512
     max_output_tokens: int = 0
     prefill_chunk_tokens: int = 512
+    prompt_cache_bytes: int = -1
     max_loaded_models: int = 3
     keep_alive_seconds: float = -1.0
     dtype: str = "auto"
@@ -158,6 +161,10 @@ def add_arguments(target: configargparse.ArgumentParser) -> None:
     add("--prefill-chunk-tokens", env_var="OSAURUS_PREFILL_CHUNK_TOKENS", type=whole(1, 65536), metavar="N",
         default=defaults.prefill_chunk_tokens,
         help="prompt tokens processed between two decode steps (default %(default)s)")  # fmt: skip
+    add("--prompt-cache-bytes", env_var="OSAURUS_PROMPT_CACHE_BYTES", type=whole(-1, 2**62), metavar="N",
+        default=defaults.prompt_cache_bytes,
+        help="of KV caches that a model keeps for requests that begin alike, 0 for none "
+        "(default a tenth of the memory)")  # fmt: skip
     add("--max-loaded-models", env_var="OSAURUS_MAX_LOADED_MODELS", type=whole(1, 1024), metavar="N",
         default=defaults.max_loaded_models, help="models in memory (default %(default)s)")  # fmt: skip
     add("--keep-alive-seconds", env_var="OSAURUS_KEEP_ALIVE_SECONDS", type=float, metavar="S",
@@ -199,6 +206,7 @@ def from_namespace(values: argparse.Namespace) -> Settings:
         max_waiting_requests=values.max_waiting_requests,
         max_output_tokens=values.max_output_tokens,
         prefill_chunk_tokens=values.prefill_chunk_tokens,
+        prompt_cache_bytes=values.prompt_cache_bytes,
         max_loaded_models=values.max_loaded_models,
         keep_alive_seconds=values.keep_alive_seconds,
         dtype=values.dtype,

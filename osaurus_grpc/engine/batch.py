@@ -12,8 +12,9 @@ mlx-lm is pinned, and self_test() proves at start-up that what is relied on stil
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import mlx.nn as nn
@@ -24,7 +25,9 @@ from mlx_lm.generate import (
     PromptProcessingBatch,
     StopSequences,
 )
+from mlx_lm.models.cache import make_prompt_cache
 
+from osaurus_grpc.engine.prompt_cache import PromptCache
 from osaurus_grpc.engine.sampling import BatchSampler, LogprobRow, RowSampler
 from osaurus_grpc.engine.types import Token, TokenLogprob
 from osaurus_grpc.models.platform import mx
@@ -110,8 +113,14 @@ class _DecodeBatch(GenerationBatch):  # type: ignore[misc]  # mlx-lm ships no ty
             if not is_last:
                 keep.append(i)
         if len(keep) < len(self.uids):
+            for i in sorted(set(range(len(self.uids))) - set(keep)):
+                self.leaving(self.tokens[i], partial(self.extract_cache, i))
             self.filter(keep)
         return events
+
+    @staticmethod
+    def leaving(tokens: list[int], extract: Callable[[], list[Any]]) -> None:
+        """Called with each row that ended, before its cache is dropped; the batch's owner sets it."""
 
 
 class _PromptBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx-lm ships no types
@@ -177,30 +186,72 @@ class Batch:
         model: An mlx-lm model.
         end_tokens: Ids that end a sequence.
         batch_size: Rows at most.
+        prompt_cache: Where beginnings are found and kept; used where the model's caches allow it.
     """
 
-    def __init__(self, model: nn.Module, end_tokens: Sequence[int], batch_size: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        end_tokens: Sequence[int],
+        batch_size: int,
+        prompt_cache: PromptCache | None = None,
+    ) -> None:
         self._generator = _Generator(model, batch_size)
+        self._prompt_cache: PromptCache | None = None
+        if prompt_cache is not None and prompt_cache.supports(make_prompt_cache(model)):
+            self._prompt_cache = prompt_cache
+            self._generator._generation_batch.leaving = self._keep
+        # Prompt tokens of each prefilling row that were not computed but found.
+        self._found: dict[int, int] = {}
         self._end = StopSequences([(token,) for token in end_tokens] or None)
         self._no_end = StopSequences(None)
         self._steps = 0
 
+    def match_length(self, prompt: Sequence[int]) -> int:
+        """Tokens at a prompt's beginning that need not be computed."""
+        return 0 if self._prompt_cache is None else self._prompt_cache.match_length(prompt)
+
     def insert(
         self, prompt: Sequence[int], max_tokens: int, sampler: RowSampler, *, ignore_eos: bool = False
-    ) -> int:
-        """Add a sequence, to be prefilled from the next step on; returns its uid.
+    ) -> tuple[int, int]:
+        """Add a sequence, to be prefilled from the next step on.
 
-        Raises ValueError on an empty prompt or a max_tokens below 1.
+        Returns:
+            Its uid, and how many of its prompt's tokens need not be computed.
+
+        Raises:
+            ValueError: An empty prompt, or a max_tokens below 1.
         """
-        end = self._no_end if ignore_eos else self._end
+        prefix = None if self._prompt_cache is None else self._prompt_cache.lookup(prompt)
+        found = 0 if prefix is None else prefix.length
         (uid,) = self._generator.insert(
-            [list(prompt)], max_tokens=[max_tokens], samplers=[sampler], stop_sequences=[end]
+            [list(prompt[found:])],
+            max_tokens=[max_tokens],
+            caches=None if prefix is None else [prefix.caches],
+            all_tokens=[list(prompt[:found])],
+            samplers=[sampler],
+            stop_sequences=[self._no_end if ignore_eos else self._end],
         )
-        return int(uid)
+        self._found[uid] = found
+        return int(uid), found
 
     def remove(self, uid: int) -> None:
-        """Drop a sequence at whatever stage it is; unknown uids are ignored."""
-        self._generator.remove([uid])
+        """Drop a sequence at whatever stage it is; unknown uids are ignored.
+
+        What was computed of it is kept for the next request that begins alike.
+        """
+        generator = self._generator
+        for batch in (generator._generation_batch, generator._prompt_batch):
+            if uid in batch.uids:
+                row = batch.uids.index(uid)
+                self._keep(batch.tokens[row], partial(batch.extract_cache, row))
+        generator.remove([uid])
+        self._found.pop(uid, None)
+
+    def _keep(self, tokens: list[int], extract: Callable[[], list[Any]]) -> None:
+        """Keep a row's cache, whose tokens are given, for requests that begin alike."""
+        if self._prompt_cache is not None and self._prompt_cache.is_missing(tokens):
+            self._prompt_cache.store(tokens, extract())
 
     @property
     def prefilling(self) -> int:
@@ -231,9 +282,19 @@ class Batch:
         self._steps += 1
         if self._steps % _STATE_EVALUATION_STEPS == 0:
             mx.eval([cache.state for cache in generator._generation_batch.prompt_cache])
-        events: list[BatchEvent] = list(decoded)
-        events.extend(Prefilled(response.uid, *response.progress) for response in prompts)
-        return events
+        return [*decoded, *(self._prefilled(response) for response in prompts)]
+
+    def _prefilled(self, response: PromptProcessingBatch.Response) -> Prefilled:
+        """A prompt's progress, what was found counted in; a whole prompt is kept."""
+        uid = response.uid
+        processed, total = response.progress
+        found = self._found[uid]
+        if response.end_of_prompt:
+            del self._found[uid]
+            batch = self._generator._generation_batch
+            row = batch.uids.index(uid)
+            self._keep(batch.tokens[row], partial(batch.extract_cache, row))
+        return Prefilled(uid, processed + found, total + found)
 
     def close(self) -> None:
         """Give up all sequences and their caches."""
@@ -272,7 +333,8 @@ def self_test() -> None:
         try:
             for prompt in prompts:
                 row = RowSampler(greedy, prompt, (), top_logprobs=1, seed=0, vocab_size=32)
-                answers[batch.insert(prompt, 4, row)] = []
+                uid, _ = batch.insert(prompt, 4, row)
+                answers[uid] = []
                 for event in batch.step(8):
                     if isinstance(event, Decoded) and event.token is not None:
                         answers[event.uid].append(event.token.token_id)

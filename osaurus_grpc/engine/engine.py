@@ -89,13 +89,25 @@ class Engine:
         max_batch_size: Sequences of a model decoded together.
         max_waiting_requests: Sequences that may wait for a place, over all models.
         prefill_chunk_tokens: Prompt tokens processed between two decode steps at most.
+        prompt_cache_bytes: Of the KV caches that each model keeps for requests that begin alike; 0
+            keeps none.
     """
 
-    def __init__(self, *, max_batch_size: int, max_waiting_requests: int, prefill_chunk_tokens: int) -> None:
+    def __init__(
+        self,
+        *,
+        max_batch_size: int,
+        max_waiting_requests: int,
+        prefill_chunk_tokens: int,
+        prompt_cache_bytes: int = 0,
+    ) -> None:
         self._max_batch_size = max_batch_size
         self._max_waiting = max_waiting_requests
         self._worker = Worker(
-            self._deliver, max_batch_size=max_batch_size, prefill_chunk_tokens=prefill_chunk_tokens
+            self._deliver,
+            max_batch_size=max_batch_size,
+            prefill_chunk_tokens=prefill_chunk_tokens,
+            prompt_cache_bytes=prompt_cache_bytes,
         )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inboxes: dict[Sequence, _Inbox] = {}

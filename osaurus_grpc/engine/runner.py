@@ -56,6 +56,7 @@ class Runner:
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence."""
+        sequence.cached_tokens = self._batch.match_length(sequence.prefill_tokens)
         self.scheduler.waiting.append(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
@@ -108,14 +109,15 @@ class Runner:
             seed=sequence.seed,
             vocab_size=self._vocab_size,
         )
-        uid = self._batch.insert(
+        uid, sequence.cached_tokens = self._batch.insert(
             sequence.prefill_tokens, sequence.tokens_left, sampler, ignore_eos=request.ignore_eos
         )
         self.scheduler.started(sequence, uid)
         if sequence.admitted_at:
             return []  # it rejoins after an error
         sequence.admitted_at = time.monotonic()
-        return [(sequence, PrefillStarted(sequence.admitted_at - sequence.submitted_at))]
+        waited = sequence.admitted_at - sequence.submitted_at
+        return [(sequence, PrefillStarted(waited, sequence.cached_tokens))]
 
     def _learn(self, events: list[BatchEvent], seconds: float) -> None:
         prompts = [event for event in events if isinstance(event, Prefilled)]

@@ -108,13 +108,13 @@ class Scheduler:
         prefilling = [s for s in self.running.values() if not s.is_decoding]
         free = self._max_batch_size - len(self.running)
         # Tokens of the prompts that share the chunk; one of them may be long.
-        has_long = any(len(s.prefill_tokens) > _SMALLEST_CHUNK for s in prefilling)
+        has_long = any(s.uncached_tokens > _SMALLEST_CHUNK for s in prefilling)
         sharing = len(prefilling)
         admitted: list[Sequence] = []
         skipped: list[Sequence] = []
         while self.waiting and free > 0:
             sequence = self.waiting.popleft()
-            fits = len(sequence.prefill_tokens) <= max(_SMALLEST_CHUNK, chunk // (sharing + 1))
+            fits = sequence.uncached_tokens <= max(_SMALLEST_CHUNK, chunk // (sharing + 1))
             if not fits and has_long:
                 skipped.append(sequence)
                 continue
@@ -128,7 +128,7 @@ class Scheduler:
     def started(self, sequence: Sequence, uid: int) -> None:
         """A sequence has a row."""
         sequence.uid = uid
-        sequence.prefilled = 0
+        sequence.prefilled = sequence.cached_tokens
         sequence.is_decoding = False
         self.running[uid] = sequence
 

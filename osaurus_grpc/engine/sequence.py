@@ -25,6 +25,7 @@ class Sequence:
         seed: The resolved seed.
         generated: Token ids so far; the truth after an error, when the batch's own lists are not.
         uid: Its row in the batch; None while it waits.
+        cached_tokens: Prompt tokens whose KV cache was found and not computed.
         prefilled: Prompt tokens processed since it has that row.
         is_decoding: Its prompt is processed.
         strikes: Device errors that happened while this sequence was on trial.
@@ -38,6 +39,7 @@ class Sequence:
     last_token_at: float = 0.0
     generated: list[int] = field(default_factory=list)
     uid: int | None = None
+    cached_tokens: int = 0
     prefilled: int = 0
     is_decoding: bool = False
     strikes: int = 0
@@ -46,6 +48,11 @@ class Sequence:
     def prefill_tokens(self) -> SequenceOf[int]:
         """What must be in the KV cache before the next token: the prompt and, after an error, the answer."""
         return [*self.request.prompt, *self.generated] if self.generated else self.request.prompt
+
+    @property
+    def uncached_tokens(self) -> int:
+        """Prompt tokens that must be computed."""
+        return len(self.request.prompt) + len(self.generated) - self.cached_tokens
 
     @property
     def tokens_left(self) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from osaurus_grpc.engine.batch import Batch, self_test
+from osaurus_grpc.engine.prompt_cache import PromptCache
 from osaurus_grpc.engine.runner import Delivery, Runner
 from osaurus_grpc.engine.scheduler import Scheduler
 from osaurus_grpc.models.platform import mx
@@ -31,12 +32,16 @@ class Worker:
         deliver: Called on the thread with what a step gave; must return at once and not raise.
         max_batch_size: Rows of a model's batch at most.
         prefill_chunk_tokens: Prompt tokens between two decode steps at most.
+        prompt_cache_bytes: Of a model's kept beginnings; 0 keeps none.
     """
 
-    def __init__(self, deliver: Deliver, *, max_batch_size: int, prefill_chunk_tokens: int) -> None:
+    def __init__(
+        self, deliver: Deliver, *, max_batch_size: int, prefill_chunk_tokens: int, prompt_cache_bytes: int
+    ) -> None:
         self._deliver = deliver
         self._max_batch_size = max_batch_size
         self._prefill_chunk_tokens = prefill_chunk_tokens
+        self._prompt_cache_bytes = prompt_cache_bytes
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._runners: dict[str, Runner] = {}
         self._is_stopping = False
@@ -77,9 +82,12 @@ class Worker:
         scheduler = Scheduler(
             max_batch_size=self._max_batch_size, prefill_chunk_tokens=self._prefill_chunk_tokens
         )
-        self._runners[model_id] = Runner(
-            model_id, lambda: Batch(model, end_tokens, self._max_batch_size), vocab_size, scheduler
-        )
+        prompt_cache = PromptCache(self._prompt_cache_bytes)
+
+        def make_batch() -> Batch:
+            return Batch(model, end_tokens, self._max_batch_size, prompt_cache)
+
+        self._runners[model_id] = Runner(model_id, make_batch, vocab_size, scheduler)
 
     def detach(self, model_id: str) -> Runner | None:
         """Take a model out of service and free what can be freed. On the MLX thread only.

@@ -129,6 +129,7 @@ class Core:
             max_batch_size=settings.max_batch_size,
             max_waiting_requests=settings.max_waiting_requests,
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
+            prompt_cache_bytes=_prompt_cache_bytes(settings),
         )
         self.telemetry.watch_engine(
             lambda: float(self.engine.stats().running), lambda: float(self.engine.stats().waiting)
@@ -248,6 +249,12 @@ class Core:
         await self._server.stop(_GOODBYE_SECONDS)
         await self.residency.close()
         await self.engine.stop()
+
+
+def _prompt_cache_bytes(settings: Settings) -> int:
+    if settings.prompt_cache_bytes >= 0:
+        return settings.prompt_cache_bytes
+    return platform.memory_bytes() // 10
 
 
 async def _stop_signal() -> signal.Signals:

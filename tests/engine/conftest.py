@@ -68,12 +68,14 @@ async def running_engine(
     max_batch_size: int = 8,
     max_waiting_requests: int = 64,
     prefill_chunk_tokens: int = 64,
+    prompt_cache_bytes: int = 0,
 ) -> AsyncIterator[Engine]:
     """A started engine that serves one tiny model as "tiny"."""
     engine = Engine(
         max_batch_size=max_batch_size,
         max_waiting_requests=max_waiting_requests,
         prefill_chunk_tokens=prefill_chunk_tokens,
+        prompt_cache_bytes=prompt_cache_bytes,
     )
     await engine.start()
     try:
