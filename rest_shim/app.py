@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 # How long a start on an exposed address waits for the core to say whether it asks for a key.
 _EXPOSURE_CHECK_SECONDS = 30.0
 
+# How long an idle connection is kept for its next request.
+_IDLE_CONNECTION_SECONDS = 75.0
+
 # Nginx's word for a client that left; it appears in logs and metrics only.
 _CLIENT_CLOSED_REQUEST = 499
 
@@ -153,6 +156,7 @@ async def serving(settings: Settings) -> AsyncIterator[Sequence[str]]:
         # Without it aiohttp notices a client that leaves only at the next write.
         handler_cancellation=True,
         access_log=None,
+        keepalive_timeout=_IDLE_CONNECTION_SECONDS,
         shutdown_timeout=settings.drain_seconds,
     )
     try:

@@ -190,7 +190,11 @@ async def relay(
         try:
             async with events as call:
                 async for event in call:
-                    if frames := encoder.encode(event):
+                    frames = encoder.encode(event)
+                    if encoder.is_complete:
+                        # The end is the end: no comment comes after it.
+                        await stream.quiet()
+                    if frames:
                         await stream.send(frames)
             if not encoder.is_complete:
                 # An OK status in mid-answer: not a stream of this contract.

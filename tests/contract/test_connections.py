@@ -111,7 +111,7 @@ def test_comments_come_while_the_prompt_is_processed(tiny_dir: Path) -> None:
     ):
         text = client.post("/v1/chat/completions", json=body).text
     assert ": keep-alive\n\n" in text
-    assert text.endswith("data: [DONE]\n\n")
+    assert text.endswith("data: [DONE]\n\n"), text[-500:]
 
 
 def test_a_core_that_is_killed_in_mid_stream(tiny_dir: Path) -> None:
