@@ -15,7 +15,7 @@ from grpc_status import rpc_status
 
 from osaurus_grpc.server.app import Core
 from osaurus_grpc.settings import Settings
-from osaurus_grpc.v1 import chat_pb2, sampling_pb2
+from osaurus_grpc.v1 import chat_pb2, sampling_pb2, usage_pb2
 from osaurus_grpc.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 TINY = "tiny-llama"
@@ -79,6 +79,11 @@ def stream_request(chat: chat_pb2.ChatRequest, *, progress: bool = False) -> cha
 def text_of(response: chat_pb2.ChatResponse, index: int = 0) -> str:
     """The text of an answer."""
     return "".join(part.text for part in response.choices[index].message.content)
+
+
+def token_counts(usage: usage_pb2.Usage) -> tuple[int, int]:
+    """Prompt and completion tokens; how many of the prompt's were cached depends on what ran before."""
+    return usage.prompt_tokens, usage.completion_tokens
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
