@@ -6,6 +6,7 @@ wait for MLX or gRPC. Exit statuses: 0 done, 1 failed, 2 wrong usage, 130 interr
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 import os
@@ -47,6 +48,17 @@ COMMANDS = (
     Command("doctor", "show what was chosen for this machine and measure it", "doctor"),
     Command("version", "print the version", "main", "print_version"),
 )
+
+
+class _LineFormatter(logging.Formatter):
+    """Log lines for a person at a terminal: where an error came from is told on request only."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's message, with its traceback only where OSAURUS_DEBUG is set."""
+        if not os.environ.get("OSAURUS_DEBUG"):
+            record = copy.copy(record)
+            record.exc_info = record.exc_text = None
+        return super().format(record)
 
 
 def usage() -> str:
@@ -124,7 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # An answer may hold characters that the terminal's encoding lacks.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    logging.basicConfig(format="osaurus: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LineFormatter("osaurus: %(message)s"))
+    logging.basicConfig(handlers=(handler,), level=logging.WARNING)
     try:
         status = _run(list(sys.argv[1:] if arguments is None else arguments))
     except SystemExit as exit_request:  # argparse: --help and usage errors

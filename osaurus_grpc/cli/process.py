@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 
 # Between the start of a child and the line that says it listens: imports, on a busy machine.
@@ -43,13 +44,15 @@ class Child:
     """A Python module that runs as a child and ends with this process.
 
     It has a session of its own, so that Ctrl-C in the terminal reaches this process alone, which
-    then ends its children in order. Its stderr is ours.
+    then ends its children in order. Its stderr is ours, or, where it is quiet, shown only if it does
+    not start.
 
     Args:
         name: For people, for example "the core".
         module: Run as python -m MODULE.
         arguments: Its command line.
         environment: Added to this process's environment; for what the command line must not show.
+        is_quiet: Keep its logs to ourselves.
     """
 
     def __init__(
@@ -58,11 +61,14 @@ class Child:
         module: str,
         arguments: Sequence[str],
         environment: Mapping[str, str] | None = None,
+        *,
+        is_quiet: bool = False,
     ) -> None:
         self.name = name
         self.arguments = list(arguments)
         self._module = module
         self._environment = dict(environment or {})
+        self._log = tempfile.TemporaryFile() if is_quiet else None  # noqa: SIM115  (goes with this object)
         self._process: asyncio.subprocess.Process | None = None
         self._output: asyncio.Task[None] | None = None
 
@@ -87,6 +93,7 @@ class Child:
             *self.arguments,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            stderr=self._log,
             env=os.environ | self._environment,
             start_new_session=True,
         )
@@ -117,13 +124,18 @@ class Child:
             _, separator, address = line.decode(errors="replace").partition(_LISTENING)
             if separator:
                 return address.strip()
-        raise ChildEndedError(self.name, await self.wait())
+        status = await self.wait()
+        if self._log is not None:
+            self._log.seek(0)
+            sys.stderr.write(self._log.read().decode(errors="replace"))
+        raise ChildEndedError(self.name, status)
 
     async def _forward_output(self) -> None:
         """Keep the pipe empty, or the child would block; its logs are on stderr."""
         stdout = self._stdout()
         while chunk := await stdout.read(65536):
-            sys.stderr.write(chunk.decode(errors="replace"))
+            with contextlib.suppress(OSError):  # whoever read our stderr may have gone
+                sys.stderr.write(chunk.decode(errors="replace"))
 
     async def output(self) -> str:
         """All that it writes to stdout, for a child that was spawned and ends by itself."""
@@ -148,6 +160,8 @@ class Child:
         if self._output is not None:
             self._output.cancel()
             self._output = None
+        if self._log is not None:
+            self._log.close()
 
     def kill(self) -> None:
         """End it, and whatever it started, now."""

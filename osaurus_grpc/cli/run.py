@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import secrets
 import sys
 from collections.abc import Sequence
@@ -125,7 +126,9 @@ class Conversation:
         ]
         if self._values.config:
             arguments.append(f"--config={self._values.config}")
-        child = Child("the gRPC core", "osaurus_grpc", arguments, {"OSAURUS_API_KEY": key})
+        environment = {"OSAURUS_API_KEY": key}
+        is_quiet = not os.environ.get("OSAURUS_DEBUG")
+        child = Child("the gRPC core", "osaurus_grpc", arguments, environment, is_quiet=is_quiet)
         self._own_core = child
         self._stack.push_async_callback(child.stop, _STOP_SECONDS)
         try:

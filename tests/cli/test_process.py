@@ -44,6 +44,22 @@ async def test_a_child_that_fails_to_start_is_an_error_with_its_status(
     await child.stop(grace_seconds=1)
 
 
+async def test_a_quiet_child_is_heard_only_where_it_does_not_start(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    talking = "import sys\nprint('log line', file=sys.stderr, flush=True)\n" + modules.WELL
+    environment = modules.write(tmp_path, talking=talking, failing=modules.FAILING)
+    child = Child("a child", "talking", [], environment, is_quiet=True)
+    await child.start()
+    await child.stop(grace_seconds=30)
+    assert capfd.readouterr().err == ""
+    child = Child("a child", "failing", [], environment, is_quiet=True)
+    with pytest.raises(ChildEndedError):
+        await child.start()
+    assert capfd.readouterr().err == "failing: the reason\n"
+    await child.stop(grace_seconds=30)
+
+
 async def test_a_child_that_ignores_being_asked_is_killed(tmp_path: Path) -> None:
     child = Child("a child", "deaf", [], modules.write(tmp_path, deaf=modules.DEAF))
     await child.start()

@@ -16,6 +16,7 @@ import psutil
 
 from tests.e2e.serving import COMMAND, run_command
 from tests.harness.processes import child_environment
+from tests.models.folders import write_model
 
 TERMINAL_SECONDS = 120.0
 
@@ -46,6 +47,15 @@ def test_a_wrong_value_is_the_servers_error_in_one_line(models_dir: Path, home: 
     assert ran.returncode == 1
     assert "temperature" in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path: Path, home: Path) -> None:
+    write_model(tmp_path / "models" / "broken", config={"model_type": "no-such-architecture"})
+    ran = run_command(home, "run", "broken", "Hi", f"--models-dir={tmp_path / 'models'}")
+    assert ran.returncode == 1
+    assert ran.stdout == ""
+    assert len(ran.stderr.splitlines()) == 1
+    assert "no-such-architecture" in ran.stderr
 
 
 class Terminal:
