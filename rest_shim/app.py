@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from rest_shim.backend import Backend
 from rest_shim.callers import REQUEST_ID_HEADER, request_id_of
@@ -43,6 +44,12 @@ _IDLE_CONNECTION_SECONDS = 75.0
 
 # Nginx's word for a client that left; it appears in logs and metrics only.
 _CLIENT_CLOSED_REQUEST = 499
+
+
+def _is_worth_logging(record: logging.LogRecord) -> bool:
+    """Drops aiohttp's records of malformed HTTP: they quote headers, and a header may be a key."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError)
 
 
 class StartError(Exception):
@@ -150,12 +157,15 @@ async def serving(settings: Settings) -> AsyncIterator[Sequence[str]]:
     Raises:
         StartError: The address cannot be bound or must not be exposed.
     """
+    http_log = log.getChild("http")
+    http_log.addFilter(_is_worth_logging)
     backend = Backend(settings.core, request_timeout_seconds=settings.request_timeout_seconds)
     runner = web.AppRunner(
         RestShim(backend, settings).application(),
         # Without it aiohttp notices a client that leaves only at the next write.
         handler_cancellation=True,
         access_log=None,
+        logger=http_log,
         keepalive_timeout=_IDLE_CONNECTION_SECONDS,
         shutdown_timeout=settings.drain_seconds,
     )

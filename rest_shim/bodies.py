@@ -1,8 +1,8 @@
 """Request bodies: bytes to JSON to a checked schema, each failure a Refusal that names its place.
 
 The decoder is stricter than json.loads where leniency would surface later as a server error:
-duplicate keys, NaN, numbers beyond float64, lone surrogates (no UTF-8 form, so no protobuf string)
-and deep nesting are refused here.
+duplicate keys, NaN, numbers beyond float64, lone surrogates (no UTF-8 form, so no protobuf string), deep
+nesting and bodies of very many tiny values, which would keep the process busy, are refused here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,13 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from rest_shim.errors import Refusal
 
 MAX_DEPTH = 128
+# Brackets and commas of the whole text, those inside strings included: more than a prompt of a
+# million tokens has.
+MAX_BRACKETS = 250_000
+MAX_COMMAS = 1_000_000
+
+# Larger bodies are read in a thread, so that running streams go on meanwhile.
+_INLINE_BYTES = 256 * 1024
 EMPTY_BODY_TEXT = "missing request body"
 
 # A union member's tag shows up in a pydantic error's location; this prefix tells it from a key.
@@ -57,11 +64,11 @@ def verbatim(message: str) -> PydanticCustomError:
     return PydanticCustomError(VERBATIM, "{text}", {"text": message})
 
 
-async def read_object(request: web.Request, timeout_seconds: float) -> dict[str, object]:
-    """The request's body as a JSON object, whatever its Content-Type (curl -d sends a form's).
+async def read_body(request: web.Request, schema: type[_Schema], timeout_seconds: float) -> _Schema:
+    """The request's body, checked; JSON whatever its Content-Type says (curl -d sends a form's).
 
     Raises:
-        Refusal: It is too large, did not arrive in time, or is no JSON object.
+        Refusal: It is too large, did not arrive in time, or is not what the schema asks for.
     """
     limit = request.client_max_size
     if request.content_length is not None and request.content_length > limit:
@@ -71,7 +78,9 @@ async def read_object(request: web.Request, timeout_seconds: float) -> dict[str,
             data = await request.read()
     except TimeoutError:
         raise Refusal(408, "The request body did not arrive in time.", code="request_timeout") from None
-    return parse_object(data)
+    if len(data) <= _INLINE_BYTES:
+        return validate(schema, parse_object(data))
+    return await asyncio.to_thread(lambda: validate(schema, parse_object(data)))
 
 
 def parse_object(data: bytes) -> dict[str, object]:
@@ -86,10 +95,13 @@ def parse_object(data: bytes) -> dict[str, object]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise Refusal(400, "The request body is not valid UTF-8.") from None
+    brackets = text.count("{") + text.count("[")
+    if brackets > MAX_BRACKETS or text.count(",") > MAX_COMMAS:
+        raise Refusal(400, "The request body holds too many values.")
     value = _decode(text)
     if not isinstance(value, dict):
         raise Refusal(400, "The request body must be a JSON object.")
-    if text.count("{") + text.count("[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+    if brackets > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         _refuse_depth()
     if "\\ud" in text or "\\uD" in text:
         _refuse_lone_surrogates(value)

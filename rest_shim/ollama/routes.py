@@ -11,7 +11,7 @@ from aiohttp import web
 
 from osaurus_grpc.v1 import chat_pb2, model_pb2
 from rest_shim.backend import Backend, Caller
-from rest_shim.bodies import read_object, validate
+from rest_shim.bodies import read_body
 from rest_shim.callers import caller_of
 from rest_shim.errors import CoreError, Refusal
 from rest_shim.ollama import convert, schema
@@ -64,8 +64,7 @@ class OllamaRoutes:
 
     async def show(self, request: web.Request) -> web.StreamResponse:
         """POST /show."""
-        data = await read_object(request, self._settings.request_timeout_seconds)
-        body = validate(schema.ShowBody, data)
+        body = await read_body(request, schema.ShowBody, self._settings.request_timeout_seconds)
         name = _required(body.model or body.name)
         async with _model_errors(name):
             model = await self._backend.get_model(name, caller_of(request))
@@ -73,8 +72,7 @@ class OllamaRoutes:
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """POST /chat; without messages it loads or unloads the model."""
-        data = await read_object(request, self._settings.request_timeout_seconds)
-        body = validate(schema.ChatBody, data)
+        body = await read_body(request, schema.ChatBody, self._settings.request_timeout_seconds)
         name = _required(body.model)
         caller = caller_of(request)
         async with _model_errors(name):

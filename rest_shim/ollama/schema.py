@@ -17,6 +17,9 @@ from rest_shim.wire import dump
 
 MAX_INT32 = 2**31 - 1
 MAX_INT64 = 2**63 - 1
+MAX_MESSAGES = 16_384
+MAX_IMAGES = 4_096
+MAX_TOOLS = 1_024
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_TOP_LOGPROBS = 20
@@ -97,7 +100,7 @@ class Message(Body):
     role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_role)]
     content: str = ""
     thinking: str = ""
-    images: list[str] = Field(default_factory=list)
+    images: list[str] = Field(default_factory=list, max_length=MAX_IMAGES)
     tool_calls: list[ToolCall] = Field(default_factory=list)
     tool_name: str = ""
     tool_call_id: str = ""
@@ -160,10 +163,10 @@ class ChatBody(Body):
     """
 
     model: ModelName = ""
-    messages: list[Message] = Field(default_factory=list)
+    messages: list[Message] = Field(default_factory=list, max_length=MAX_MESSAGES)
     stream: bool = False
     options: Options = Field(default_factory=lambda: Options.model_validate({}))
-    tools: list[Tool] = Field(default_factory=list)
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
     format: Annotated[dict[str, Any] | None, BeforeValidator(_format)] = None
     think: Annotated[bool | str, BeforeValidator(_think)] | None = None
     keep_alive: Annotated[float, BeforeValidator(_keep_alive)] | None = None

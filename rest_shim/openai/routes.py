@@ -9,7 +9,7 @@ from aiohttp import web
 
 from osaurus_grpc.v1 import chat_pb2
 from rest_shim.backend import Backend
-from rest_shim.bodies import read_object, validate
+from rest_shim.bodies import read_body
 from rest_shim.callers import caller_of
 from rest_shim.errors import CoreError, refusal_from_core
 from rest_shim.openai import convert, schema
@@ -50,8 +50,7 @@ class OpenAIRoutes:
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         """POST /chat/completions."""
-        data = await read_object(request, self._settings.request_timeout_seconds)
-        body = validate(schema.ChatBody, data)
+        body = await read_body(request, schema.ChatBody, self._settings.request_timeout_seconds)
         chat = convert.chat_request(body)
         try:
             if body.stream:

@@ -16,6 +16,9 @@ from rest_shim.bodies import TAG_PREFIX, Body, Integer
 MAX_INT32 = 2**31 - 1
 MAX_INT64 = 2**63 - 1
 MAX_CHOICES = 16
+MAX_MESSAGES = 16_384
+MAX_PARTS = 4_096
+MAX_TOOLS = 1_024
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_TOP_LOGPROBS = 20
@@ -95,7 +98,9 @@ class Message(Body):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[list[Part], BeforeValidator(_parts), Field(min_length=1)] | None = None
+    content: (
+        Annotated[list[Part], BeforeValidator(_parts), Field(min_length=1, max_length=MAX_PARTS)] | None
+    ) = None
     name: str = ""
     tool_calls: list[ToolCall] = Field(default_factory=list)
     tool_call_id: str = ""
@@ -177,7 +182,7 @@ class ChatBody(Body):
     """POST /chat/completions."""
 
     model: ModelName
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     # -1 is vLLM's way to say "off".
@@ -198,7 +203,7 @@ class ChatBody(Body):
     n: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    tools: list[Tool] = Field(default_factory=list)
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: Annotated[ToolChoice, BeforeValidator(_tool_choice)] | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None

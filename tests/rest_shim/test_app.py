@@ -336,6 +336,15 @@ class TestBodies:
         assert answer.startswith(b"HTTP/1.1 413")
         assert b'{"error":"The request body is larger than 10000 bytes."}' in answer
 
+    async def test_malformed_http_is_not_quoted_in_the_log(
+        self, shim: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        raw = (
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer my-key" + b"x" * 9_000 + b"\r\n\r\n"
+        )
+        assert b" 400 " in await exchange(shim, raw)
+        assert "my-key" not in caplog.text
+
     async def test_one_connection_serves_many_requests(self, shim: str) -> None:
         body = json.dumps({**CHAT, "stream": True}).encode()
         post = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (
@@ -348,6 +357,48 @@ class TestBodies:
         assert answer.count(b"HTTP/1.1 200 OK") == 3
         assert answer.count(b"data: [DONE]") == 2
         assert answer.endswith(b"Osaurus is running")
+
+
+class TestLargeBodies:
+    async def test_a_large_body_is_read_like_a_small_one(
+        self, http: aiohttp.ClientSession, core: ScriptedCore
+    ) -> None:
+        words = "word " * 200_000
+        body = {**CHAT, "messages": [{"role": "user", "content": words}]}
+        async with http.post("/v1/chat/completions", json=body) as response:
+            assert response.status == 200
+        assert core.requests[-1].messages[0].content[0].text == words  # type: ignore[attr-defined]  # a ChatRequest
+        async with http.post("/v1/chat/completions", json={**body, "temperature": 3}) as response:
+            assert (response.status, (await response.json())["error"]["param"]) == (400, "temperature")
+
+    async def test_too_many_messages(self, http: aiohttp.ClientSession) -> None:
+        body = {**CHAT, "messages": [{"role": "user", "content": "x"}] * 20_000}
+        for path in ("/v1/chat/completions", "/api/chat"):
+            async with http.post(path, json=body) as response:
+                assert response.status == 400
+                assert "messages" in await response.text()
+
+    async def test_a_core_that_comes_back_is_found_again(self) -> None:
+        core = ScriptedCore()
+        server = await core.start()
+        port = int(core.address.rpartition(":")[2])
+        async with (
+            serving(Settings(core=core.address, port=0)) as urls,
+            aiohttp.ClientSession(urls[0]) as http,
+        ):
+            async with http.post("/v1/chat/completions", json=CHAT) as response:
+                assert response.status == 200
+            await server.stop(None)
+            async with http.post("/v1/chat/completions", json=CHAT) as response:
+                assert response.status == 503
+            server = await core.start(port)
+            async with asyncio.timeout(20):
+                while True:
+                    async with http.post("/v1/chat/completions", json=CHAT) as response:
+                        if response.status == 200:
+                            break
+                    await asyncio.sleep(0.05)
+        await server.stop(None)
 
 
 class TestCoreErrors:

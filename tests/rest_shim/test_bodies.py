@@ -49,6 +49,8 @@ def refusal(data: bytes) -> Refusal:
         (b'{"a": 1, "a": 2}', "duplicate key"),
         (b'{"a": {"b": 1, "b": 1}}', "duplicate key"),
         (b"{" + b",".join(b'"a":1' for _ in range(100_000)) + b"}", "duplicate key"),
+        (b'{"a": [' + b"[]," * 300_000 + b"[]]}", "too many values"),
+        (b'{"a": [' + b"1," * 1_100_000 + b"1]}", "too many values"),
         (b'{"a":' * 100_000, "nested"),
         (b'{"a":' + b"[" * 500 + b"]" * 500 + b"}", "nested"),
         (b'{"a":' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}", "nested"),
