@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 SSE_DONE = b"data: [DONE]\n\n"
 SSE_KEEP_ALIVE = b": keep-alive\n\n"
 
+_CUT_GRACE_SECONDS = 1.0
+
 # no-transform and X-Accel-Buffering keep proxies from holding events back.
 SSE_HEADERS: Mapping[str, str] = {
     "Content-Type": "text/event-stream",
@@ -76,11 +78,17 @@ class HttpStream:
 
     An async context manager: inside it, where keep_alive_seconds is given, a comment is sent
     whenever nothing else was for so long. That begins the response too: a client behind a proxy
-    must see a byte even while a model loads.
+    must see a byte even while a model loads. A client that stops reading blocks send(); its
+    connection is cut after timeout_seconds and a little, in which the core's own deadline shows.
     """
 
     def __init__(
-        self, request: web.Request, headers: Mapping[str, str], *, keep_alive_seconds: float | None = None
+        self,
+        request: web.Request,
+        headers: Mapping[str, str],
+        *,
+        timeout_seconds: float,
+        keep_alive_seconds: float | None = None,
     ) -> None:
         self._request = request
         self._response = web.StreamResponse(headers=headers)
@@ -91,8 +99,13 @@ class HttpStream:
         self._last_sent = self._loop.time()
         self._starting = asyncio.Lock()
         self._beat: asyncio.Task[None] | None = None
+        self._timeout_seconds = timeout_seconds
+        self._cut: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
+        if self._request.transport is not None:
+            delay = self._timeout_seconds + _CUT_GRACE_SECONDS
+            self._cut = self._loop.call_later(delay, self._request.transport.abort)
         if self._keep_alive_seconds is not None:
             self._beat = asyncio.create_task(self._keep_alive(self._keep_alive_seconds))
         return self
@@ -104,6 +117,8 @@ class HttpStream:
         traceback: TracebackType | None,
     ) -> None:
         await self.quiet()
+        if self._cut is not None:
+            self._cut.cancel()
 
     @property
     def is_started(self) -> bool:

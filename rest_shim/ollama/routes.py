@@ -84,7 +84,9 @@ class OllamaRoutes:
                 await self._require_reasoning(name, caller)
             if body.stream:
                 events = self._backend.chat_stream(chat_pb2.ChatStreamRequest(chat=chat), caller)
-                return await relay(HttpStream(request, NDJSON_HEADERS), events, LineEncoder(name))
+                timeout = self._settings.request_timeout_seconds
+                stream = HttpStream(request, NDJSON_HEADERS, timeout_seconds=timeout)
+                return await relay(stream, events, LineEncoder(name))
             response = await self._backend.chat(chat, caller)
         return json_response(convert.chat_json(response, name, time.time_ns()), content_type=_JSON)
 

@@ -69,7 +69,10 @@ class OpenAIRoutes:
             created=int(time.time()),
         )
         stream = HttpStream(
-            request, SSE_HEADERS, keep_alive_seconds=self._settings.keep_alive_interval_seconds
+            request,
+            SSE_HEADERS,
+            timeout_seconds=self._settings.request_timeout_seconds,
+            keep_alive_seconds=self._settings.keep_alive_interval_seconds,
         )
         events = self._backend.chat_stream(chat_pb2.ChatStreamRequest(chat=chat), caller_of(request))
         return await relay(stream, events, encoder, convert.json_path)

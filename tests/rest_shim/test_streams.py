@@ -321,6 +321,22 @@ class TestClientsThatLeave:
             assert (await response.text()).endswith("data: [DONE]\n\n")
         writer.transport.abort()
 
+    @pytest.mark.parametrize("path", [OPENAI, OLLAMA])
+    async def test_a_client_that_never_reads_is_cut_off(self, core: ScriptedCore, path: str) -> None:
+        core.events = tuple(answer(*["x" * 10_000] * 2_000))
+        settings = Settings(core=core.address, port=0, request_timeout_seconds=0.2)
+        async with serving(settings) as urls, aiohttp.ClientSession(urls[0]) as session:
+            _reader, writer = await connect(urls[0])
+            writer.transport.pause_reading()
+            writer.write(post(path, STREAM))
+            async with asyncio.timeout(SECONDS):
+                metrics = ""
+                while 'status="499"} 1.0' not in metrics:
+                    async with session.get("/metrics") as response:
+                        metrics = await response.text()
+                    await asyncio.sleep(0.05)
+            writer.transport.abort()
+
 
 class TestShutdown:
     async def test_a_running_stream_is_finished_and_new_clients_are_refused(self, core: ScriptedCore) -> None:
