@@ -14,7 +14,7 @@ from rest_shim.backend import Backend, Caller
 from rest_shim.bodies import read_body
 from rest_shim.callers import caller_of
 from rest_shim.errors import CoreError, Refusal
-from rest_shim.ollama import convert, schema
+from rest_shim.ollama import convert, listing, schema
 from rest_shim.ollama.stream import LineEncoder
 from rest_shim.origins import refuse_foreign_origin
 from rest_shim.routing import Dialect, Route, later
@@ -51,12 +51,12 @@ class OllamaRoutes:
     async def tags(self, request: web.Request) -> web.StreamResponse:
         """GET /tags."""
         models = await self._backend.list_models(caller_of(request))
-        return json_response({"models": [convert.tag_json(model) for model in models]}, content_type=_JSON)
+        return json_response({"models": [listing.tag_json(model) for model in models]}, content_type=_JSON)
 
     async def running(self, request: web.Request) -> web.StreamResponse:
         """GET /ps."""
         models = await self._backend.list_models(caller_of(request))
-        return json_response(convert.running_json(models), content_type=_JSON)
+        return json_response(listing.running_json(models), content_type=_JSON)
 
     async def version(self, _request: web.Request) -> web.StreamResponse:
         """GET /version."""
@@ -68,7 +68,7 @@ class OllamaRoutes:
         name = _required(body.model or body.name)
         async with _model_errors(name):
             model = await self._backend.get_model(name, caller_of(request))
-        return json_response(convert.show_json(model), content_type=_JSON)
+        return json_response(listing.show_json(model), content_type=_JSON)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """POST /chat; without messages it loads or unloads the model."""

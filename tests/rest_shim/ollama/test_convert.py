@@ -2,19 +2,18 @@ from __future__ import annotations
 
 import base64
 import json
-from datetime import datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from osaurus_grpc.v1 import chat_pb2, model_pb2, sampling_pb2, usage_pb2
+from osaurus_grpc.v1 import chat_pb2, sampling_pb2, usage_pb2
 from rest_shim.bodies import validate
 from rest_shim.errors import Refusal
 from rest_shim.ollama import convert, schema
 from rest_shim.ollama.duration import parse_seconds, to_proto
 
-from ..scripted_core import MODEL, model, response, timings, usage
+from ..scripted_core import response, timings, usage
 
 USER = {"role": "user", "content": "Hello"}
 NOW = 1795353951_755_236_989
@@ -273,64 +272,6 @@ def test_logprobs_have_alternatives_only_where_asked_for() -> None:
     full = sampling_pb2.ChosenTokenLogprob(chosen=token, top=[token])
     entry = {"token": "I", "logprob": -0.5, "bytes": [73]}
     assert convert.logprobs_json([plain, full]) == [entry, {**entry, "top_logprobs": [entry]}]
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (134_515_008, "134.52M"), (3_212_749_888, "3.2B"), (8_000_000_000, "8B"), (7_000_000, "7M"),
-        (12_345, "12K"), (999, "999"), (0, ""),
-    ],
-)  # fmt: skip
-def test_parameter_sizes(count: int, text: str) -> None:
-    assert convert.parameter_size(count) == text
-
-
-def test_a_model_of_the_tags() -> None:
-    assert convert.tag_json(model()) == {
-        "name": MODEL,
-        "model": MODEL,
-        "modified_at": "2024-03-15T10:30:45Z",
-        "size": 2147483648,
-        "digest": "sha256:" + "ab" * 32,
-        "details": {
-            "parent_model": "",
-            "format": "safetensors",
-            "family": "llama",
-            "families": ["llama"],
-            "parameter_size": "3.2B",
-            "quantization_level": "4bit",
-            "context_length": 131072,
-            "embedding_length": 3072,
-        },
-        "capabilities": ["completion"],
-    }
-
-
-def test_running_models_are_the_loaded_ones_longest_first() -> None:
-    soon, forever, idle = model("soon", is_loaded=True), model("forever", is_loaded=True), model("idle")
-    soon.expire_time.FromJsonString("2026-11-22T13:10:50Z")
-    running = convert.running_json([idle, soon, forever])["models"]
-    assert isinstance(running, list)
-    assert [entry["name"] for entry in running] == ["forever", "soon"]
-    assert running[1]["expires_at"] == "2026-11-22T13:10:50Z"
-    assert datetime.fromisoformat(running[0]["expires_at"]).year > 2300
-    assert running[0]["size"] == 1_999_999_999
-
-
-def test_show() -> None:
-    shown = model()
-    shown.chat_template = "{{ messages }}"
-    shown.capabilities.append(model_pb2.CAPABILITY_REASONING)
-    made = convert.show_json(shown)
-    assert made["template"] == "{{ messages }}"
-    assert made["capabilities"] == ["completion", "thinking"]
-    assert made["model_info"] == {
-        "general.architecture": "llama",
-        "general.parameter_count": 3_212_749_888,
-        "llama.context_length": 131_072,
-        "llama.embedding_length": 3072,
-    }
 
 
 _SCALAR = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
