@@ -49,6 +49,7 @@ class Settings:
         insecure_expose: Allow another address than loopback without a key.
         drain_seconds: How long running requests may go on after SIGTERM.
         reject_shared_models_dir: Refuse to start where another server uses the models directory.
+        metrics_port: Loopback port of the core's Prometheus metrics; 0 turns them off.
         log_level: Of the standard logging levels.
     """
 
@@ -75,6 +76,7 @@ class Settings:
     insecure_expose: bool = False
     drain_seconds: float = 30.0
     reject_shared_models_dir: bool = True
+    metrics_port: int = 0
     log_level: str = "info"
 
 
@@ -185,6 +187,9 @@ def add_arguments(target: configargparse.ArgumentParser) -> None:
         help="how long running requests may go on after SIGTERM (default %(default)s)")  # fmt: skip
     add("--share-models-dir", env_var="OSAURUS_SHARE_MODELS_DIR", action="store_true",
         help="start although another server uses the models directory")  # fmt: skip
+    add("--metrics-port", env_var="OSAURUS_METRICS_PORT", type=whole(0, 65535), metavar="PORT",
+        default=defaults.metrics_port,
+        help="loopback port of the core's Prometheus metrics (default off)")  # fmt: skip
     add("--log-level", env_var="OSAURUS_LOG_LEVEL", default=defaults.log_level,
         choices=("debug", "info", "warning", "error"), help="(default %(default)s)")  # fmt: skip
 
@@ -215,6 +220,7 @@ def from_namespace(values: argparse.Namespace) -> Settings:
         insecure_expose=values.insecure_expose,
         drain_seconds=values.drain_seconds,
         reject_shared_models_dir=not values.share_models_dir,
+        metrics_port=values.metrics_port,
         log_level=values.log_level,
     )
 

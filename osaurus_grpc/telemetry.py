@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
 
 NO_MODEL: Final = ""
 # Powers of two and their halves, from a cached prompt on a GPU to a long one on a laptop's CPU.
 _FIRST_TOKEN_SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_EXPOSURE_END_SECONDS: Final = 5.0
 _CALL_SECONDS: Final = (*_FIRST_TOKEN_SECONDS, 300.0, 600.0)
 
 
@@ -78,3 +79,18 @@ class Telemetry:
     def exposition(self) -> bytes:
         """All metrics in Prometheus's text format."""
         return generate_latest(self.registry)
+
+    def expose(self, port: int) -> Callable[[], None]:
+        """Serve the metrics over HTTP on a loopback port, in a thread; returns what ends that.
+
+        Raises:
+            OSError: The port cannot be bound.
+        """
+        server, thread = start_http_server(port, addr="127.0.0.1", registry=self.registry)
+
+        def end() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join(_EXPOSURE_END_SECONDS)
+
+        return end

@@ -99,7 +99,9 @@ class RestShim:
             seconds = time.monotonic() - started
             route = self._table.pattern(request.path)
             self._metrics.end(request.method, route, status, seconds)
-            log.info(
+            # Supervisors and monitors ask for health all the time.
+            log.log(
+                logging.DEBUG if route == "/health" else logging.INFO,
                 "request method=%s route=%s status=%d seconds=%.3f request_id=%s",
                 request.method, route, status, seconds, request_id_of(request),
             )  # fmt: skip

@@ -7,6 +7,7 @@ between runs.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import shutil
 import tempfile
@@ -29,6 +30,10 @@ os.environ |= {
     "OSAURUS_RUNTIME_DIR": str(_HOME / "runtime"),
     "MKL_NUM_THREADS": os.environ.get("MKL_NUM_THREADS", "1"),
 }
+
+# Before any test module imports MLX, since this chooses its BLAS; after the environment is set, since
+# it imports the hub client too.
+importlib.import_module("osaurus_grpc.models.platform")
 
 SMOLLM = "smollm2-135m-instruct"
 TINY = "tiny-llama"

@@ -1,22 +1,16 @@
-"""What running servers leave on disk: a file with their addresses, and a lock on their models.
+"""What running servers leave on disk: a file with their addresses.
 
 `osaurus status`, `stop`, `ps` and `run` find servers by the files serve-PID.json in the runtime
 directory. A file outlives a server that was killed, so a reader checks that its process is alive
 and is no older process number given to another program, and removes what is stale.
-
-The lock is an flock on the models directory itself: it needs no file in it, works where the
-directory is read-only, and goes with the process however that ends.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,8 +21,6 @@ from osaurus_grpc.settings import default_runtime_dir
 
 # A process starts before the server in it says so; clocks are read with this much slack.
 _CLOCK_SLACK_SECONDS = 1.0
-# flock on some network file systems.
-_LOCKS_UNSUPPORTED = frozenset({errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,34 +131,3 @@ def _same_directory(one: Path, other: Path) -> bool:
         return one.samefile(other)
     except OSError:
         return one == other
-
-
-class ModelsDirInUseError(Exception):
-    """Another server holds the lock on the models directory."""
-
-
-@contextlib.contextmanager
-def models_dir_lock(models_dir: Path, *, is_shared: bool) -> Iterator[None]:
-    """Hold the models directory while a server runs on it.
-
-    A server that shares the directory takes a shared lock if it can get one, and starts in any
-    case; one that does not share it takes an exclusive lock.
-
-    Raises:
-        ModelsDirInUseError: Another server is there and this one does not share.
-        OSError: The directory cannot be opened.
-    """
-    descriptor = os.open(models_dir, os.O_RDONLY)
-    try:
-        kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
-        try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not is_shared:
-                raise ModelsDirInUseError from None
-        except OSError as error:
-            if error.errno not in _LOCKS_UNSUPPORTED:
-                raise
-        yield
-    finally:
-        os.close(descriptor)

@@ -20,6 +20,7 @@ from osaurus_grpc.cli.options import catalog, command_parser
 from osaurus_grpc.cli.output import CommandError, note
 from osaurus_grpc.cli.process import Child, ChildEndedError
 from osaurus_grpc.cli.supervisor import Addresses, GivingUpError, NotReadyError, Supervisor
+from osaurus_grpc.models import ownership
 from rest_shim import settings as rest_module
 
 # A process that drains needs a moment more than its drain time to go.
@@ -83,10 +84,12 @@ def main(arguments: Sequence[str]) -> int:
     plan = read_plan(arguments)
     _make_models_dir(plan)
     try:
-        with runtime.models_dir_lock(plan.core.models_dir, is_shared=not plan.core.reject_shared_models_dir):
+        with ownership.models_dir_lock(
+            plan.core.models_dir, is_shared=not plan.core.reject_shared_models_dir
+        ):
             _check_addresses(plan)
             return asyncio.run(_Serving(plan).run())
-    except runtime.ModelsDirInUseError:
+    except ownership.ModelsDirInUseError:
         raise CommandError(_in_use_text(plan)) from None
 
 

@@ -12,6 +12,8 @@ mlx-lm is pinned, and self_test() proves at start-up that what is relied on stil
 
 from __future__ import annotations
 
+from osaurus_grpc.models.platform import mx  # isort: skip  # first: it loads the BLAS before MLX
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +32,6 @@ from mlx_lm.models.cache import make_prompt_cache
 from osaurus_grpc.engine.prompt_cache import PromptCache
 from osaurus_grpc.engine.sampling import BatchSampler, LogprobRow, RowSampler
 from osaurus_grpc.engine.types import Token, TokenLogprob
-from osaurus_grpc.models.platform import mx
 
 # Recurrent states and the offsets of some caches are rebound every step without being evaluated and
 # would grow a graph without bound (mlx-lm #1672); evaluating them this often keeps it short.

@@ -11,6 +11,8 @@ caches of all shorter beginnings. Rotating and recurrent caches cannot be cut ba
 
 from __future__ import annotations
 
+from osaurus_grpc.models.platform import mx  # isort: skip  # first: it loads the BLAS before MLX
+
 import hashlib
 from array import array
 from collections import OrderedDict
@@ -19,8 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_lm.models.cache import KVCache
-
-from osaurus_grpc.models.platform import mx
 
 BLOCK_TOKENS = 16
 

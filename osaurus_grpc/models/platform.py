@@ -135,7 +135,9 @@ def _choose_blas() -> Blas:
     if sys.platform == "darwin":
         return Blas("Accelerate", threads, "MLX on macOS links it")
     if "mlx.core" in sys.modules:
-        return Blas("reference", 1, "MLX was imported before Osaurus, so no BLAS could be chosen")
+        reason = "MLX was imported before this module, so no BLAS could be chosen"
+        logger.warning("event=slow_blas detail=%r", reason)
+        return Blas("reference", 1, reason)
     if _has_cuda_backend():
         return Blas("reference", 1, "MLX runs on CUDA, which has its own")
     # Waiting threads sleep instead of spinning: the servers share these cores.
@@ -157,6 +159,8 @@ def _import_mlx_lm() -> None:
         if which != resource.RLIMIT_NOFILE:
             set_limit(which, limits)
 
+    # Its advice is for people who write training code.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     resource.setrlimit = keep_open_files_limit
     try:
         importlib.import_module("mlx_lm")

@@ -369,7 +369,7 @@ def _load_tokenizer(entry: ModelEntry) -> tuple[Any, frozenset[int]]:
         config = load_config(entry.path)
         wrapper = load_tokenizer(entry.path, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # whatever the files make transformers raise
-        logger.exception("event=tokenizer_unusable model=%s", entry.id)
+        _log_unusable("tokenizer", entry)
         raise ModelUnusableError(
             f"Model '{entry.id}' cannot be loaded: its tokenizer files are damaged or of an unknown kind.",
             model=entry.id,
@@ -391,7 +391,7 @@ def _build(entry: ModelEntry, dtype: str) -> Any:
     try:
         model, config = load_model(entry.path, lazy=True, strict=True)
     except Exception as error:  # whatever the files make mlx-lm raise
-        logger.exception("event=model_unusable model=%s", entry.id)
+        _log_unusable("model", entry)
         raise ModelUnusableError(_reason(entry, error), model=entry.id) from error
     if not _is_batchable(model):
         raise ModelUnusableError(
@@ -422,6 +422,12 @@ def _is_batchable(model: Any) -> bool:
         return hasattr(cache, "merge")
 
     return all(can_merge(cache) for cache in make_prompt_cache(model))
+
+
+def _log_unusable(part: str, entry: ModelEntry) -> None:
+    """One line; the exception being handled, which tells more, at debug level."""
+    logger.warning("event=unusable part=%s model=%s", part, entry.id)
+    logger.debug("event=unusable part=%s model=%s", part, entry.id, exc_info=True)
 
 
 def _reason(entry: ModelEntry, error: Exception) -> str:
@@ -466,7 +472,7 @@ def _evaluate(entry: ModelEntry, arrays: list[mx.array]) -> None:
     try:
         mx.eval(arrays)
     except Exception as error:  # a read error of MLX's, or no memory
-        logger.exception("event=weights_unreadable model=%s", entry.id)
+        _log_unusable("weights", entry)
         raise ModelUnusableError(
             f"Model '{entry.id}' cannot be loaded: its weights cannot be read.", model=entry.id
         ) from error
@@ -480,7 +486,7 @@ def _probe(entry: ModelEntry, model: Any) -> tuple[int, int]:
         logits = model(mx.array([[0]]), cache=make_prompt_cache(model))[0, -1]
         is_number = not bool(mx.isnan(logits).any().item())
     except Exception as error:  # weights whose shapes do not fit one another show here
-        logger.exception("event=model_unusable model=%s", entry.id)
+        _log_unusable("model", entry)
         raise ModelUnusableError(_reason(entry, error), model=entry.id) from error
     if not is_number:
         raise ModelUnusableError(

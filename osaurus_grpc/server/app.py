@@ -14,6 +14,7 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import Final
 
 import grpc
@@ -23,6 +24,7 @@ from osaurus_grpc.engine.engine import Engine
 from osaurus_grpc.errors import OsaurusError
 from osaurus_grpc.models import platform
 from osaurus_grpc.models.catalog import Catalog
+from osaurus_grpc.models.ownership import ModelsDirInUseError, models_dir_lock
 from osaurus_grpc.models.residency import Residency
 from osaurus_grpc.server.admission import Admission
 from osaurus_grpc.server.calls import CallsInProgress
@@ -99,13 +101,13 @@ def require_bindable(host: str, port: int) -> None:
     taken = [error for error in failures if error.errno == errno.EADDRINUSE]
     if taken or len(failures) == len(found):
         failure = (taken or failures)[0]
-        raise StartError(_bind_failure(_address(host, port), failure)) from failure
+        raise StartError(_bind_failure(_address(host, port), failure, "--grpc-port")) from failure
 
 
-def _bind_failure(address: str, error: OSError) -> str:
+def _bind_failure(address: str, error: OSError, flag: str) -> str:
     match error.errno:
         case errno.EADDRINUSE:
-            return f"cannot listen on {address}: the port is taken; choose another with --grpc-port"
+            return f"cannot listen on {address}: the port is taken; choose another with {flag}"
         case errno.EADDRNOTAVAIL:
             return f"cannot listen on {address}: no such address on this machine"
         case errno.EACCES | errno.EPERM:
@@ -150,6 +152,7 @@ class Core:
         self._health = HealthService()
         self._server = self._build_server()
         self.port = 0
+        self._end_metrics: Callable[[], None] = lambda: None
 
     def _build_server(self) -> grpc.aio.Server:
         settings = self._settings
@@ -206,6 +209,12 @@ class Core:
         except RuntimeError as error:
             message = f"cannot listen on {_address(settings.host, settings.grpc_port)}: it was just taken"
             raise StartError(message) from error
+        if settings.metrics_port:
+            try:
+                self._end_metrics = self.telemetry.expose(settings.metrics_port)
+            except OSError as error:
+                address = _address("127.0.0.1", settings.metrics_port)
+                raise StartError(_bind_failure(address, error, "--metrics-port")) from error
         try:
             await self.engine.start()
         except RuntimeError as error:
@@ -249,6 +258,7 @@ class Core:
         await self._server.stop(_GOODBYE_SECONDS)
         await self.residency.close()
         await self.engine.stop()
+        self._end_metrics()
 
 
 def _prompt_cache_bytes(settings: Settings) -> int:
@@ -279,6 +289,19 @@ async def serve(settings: Settings) -> None:
     Raises:
         StartError: It cannot start.
     """
+    try:
+        with models_dir_lock(settings.models_dir, is_shared=not settings.reject_shared_models_dir):
+            await _serve(settings)
+    except ModelsDirInUseError:
+        raise StartError(
+            f"another server uses the models directory {settings.models_dir}; stop it, choose another with "
+            "--models-dir, or pass --share-models-dir to run beside it"
+        ) from None
+    except FileNotFoundError:
+        raise StartError(f"the models directory {settings.models_dir} does not exist") from None
+
+
+async def _serve(settings: Settings) -> None:
     stopped = asyncio.create_task(_stop_signal())
     platform.set_blas_threads(settings.blas_threads)
     core = Core(settings)

@@ -26,6 +26,7 @@ class Choice:
         tokenizer: The model's.
         stop: Texts that end the answer.
         wants_logprobs: Attach log-probabilities to the deltas.
+        context: The prompt's last token ids where the answer continues the last message; see Assembler.
         length_reason: Why an answer that used up its tokens ended: LENGTH or CONTEXT_LENGTH.
 
     Attributes:
@@ -44,10 +45,11 @@ class Choice:
         *,
         stop: Sequence[str],
         wants_logprobs: bool,
+        context: Sequence[int],
         length_reason: sampling_pb2.FinishReason.ValueType,
     ) -> None:
         self._index = index
-        self._assembler = Assembler(tokenizer, stop=stop)
+        self._assembler = Assembler(tokenizer, stop=stop, context=context)
         self._has_stops = bool(stop)
         self._length_reason = length_reason
         self._wants_logprobs = wants_logprobs

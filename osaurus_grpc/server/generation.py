@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
-from osaurus_grpc.chat.template import render
+from osaurus_grpc.chat.template import is_continuation, render
 from osaurus_grpc.engine.engine import Engine
 from osaurus_grpc.engine.types import (
     GenerationFinished,
@@ -51,6 +51,8 @@ from osaurus_grpc.v1 import chat_pb2, sampling_pb2, usage_pb2
 # Below this, rendering takes about as long as handing it to a thread and back.
 _SHORT_PROMPT_CHARACTERS: Final = 4_096
 _SEED_BITS: Final = 64
+# Enough for a tokenizer to tell how a token continues a text.
+_CONTINUED_TOKENS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,12 +229,15 @@ class _Run:
         self._seed = sampling.seed if sampling.HasField("seed") else None
         self._top_logprobs = sampling.top_logprobs if sampling.HasField("top_logprobs") else None
         self._ignore_eos = sampling.ignore_eos
+        messages = [message_from_proto(message) for message in request.messages[-1:]]
+        context = prompt[-_CONTINUED_TOKENS:] if is_continuation(messages) else ()
         self._choices = [
             Choice(
                 index,
                 model.tokenizer,
                 stop=tuple(sampling.stop),
                 wants_logprobs=self._top_logprobs is not None,
+                context=context,
                 length_reason=budget.reason,
             )
             for index in range(request.choice_count if request.HasField("choice_count") else 1)

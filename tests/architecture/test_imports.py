@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,6 +86,27 @@ def test_mlx_stays_in_its_rooms(name):
             assert name == "osaurus_grpc.models.platform", "the BLAS is loaded there, before MLX"
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_the_blas_is_loaded_before_mlx(name):
+    """A module that imports MLX or mlx-lm at its top imports platform before."""
+    if name == "osaurus_grpc.models.platform":
+        return
+    for imported in imports(MODULES[name], lazy=False):
+        if is_in(imported, "osaurus_grpc.models.platform"):
+            return
+        assert not is_in(imported, "mlx", "mlx_lm"), imported
+
+
+@pytest.mark.parametrize(
+    "entry", ["osaurus_grpc.server.app", "osaurus_grpc.engine.batch", "osaurus_grpc.__main__"]
+)
+def test_every_way_in_finds_the_blas(entry):
+    code = f"import {entry}; from osaurus_grpc.models.platform import blas; print(blas.reason)"
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert "imported before" not in said
+
+
 def test_there_are_no_circles():
     graph = {
         name: {i for i in imports(path, lazy=False) if i in MODULES and i != name}
@@ -115,7 +138,4 @@ def test_modules_are_small(name):
 
 def test_generated_code_is_fresh():
     pytest.importorskip("grpc_tools", reason="the generator is installed by the extra 'dev'")
-    import subprocess
-    import sys
-
     subprocess.run([sys.executable, str(ROOT / "protos" / "generate.py"), "--check"], check=True, timeout=120)

@@ -7,6 +7,8 @@ stream_generate, several through BatchGenerator. Same BLAS, dtype and BLAS threa
 
 from __future__ import annotations
 
+from osaurus_grpc.models.platform import mx, plan_weights  # isort: skip  # first: it loads the BLAS
+
 import json
 import sys
 import time
@@ -15,8 +17,6 @@ from typing import Any
 
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.utils import dequantize_model, load_model
-
-from osaurus_grpc.models.platform import mx, plan_weights
 
 
 def load(path: Path) -> Any:

@@ -105,7 +105,8 @@ def summary(streams: int, turns: list[tuple[Run, Run, Run]]) -> Row:
 
 async def measure(models_dir: Path, streams: list[int], tokens: int, turns: int) -> list[Row]:
     rows: list[Row] = []
-    flags = (*NO_LIMITS, "--preload-model", MODEL)
+    # Every turn asks the same again: with the prompt cache on, it would be the cache that is measured.
+    flags = (*NO_LIMITS, "--preload-model", MODEL, "--prompt-cache-bytes", "0")
     with core_process(models_dir, *flags) as core, rest_process(core.address) as rest:
         baseline = Baseline(models_dir / MODEL)
         try:

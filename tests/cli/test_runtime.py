@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from osaurus_grpc.cli import runtime
-from osaurus_grpc.cli.runtime import ModelsDirInUseError, RunningServer, models_dir_lock
+from osaurus_grpc.cli.runtime import RunningServer
+from osaurus_grpc.models.ownership import ModelsDirInUseError, models_dir_lock
 
 
 def server(models_dir: Path, pid: int | None = None, started: datetime | None = None) -> RunningServer:
@@ -116,16 +117,18 @@ def test_the_lock_needs_no_right_to_write_and_leaves_no_file(tmp_path: Path) -> 
 
 def test_the_lock_goes_with_a_killed_process(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from osaurus_grpc.cli.runtime import models_dir_lock\n"
+        "import sys, time; from pathlib import Path; from osaurus_grpc.models.ownership import models_dir_lock\n"
         "with models_dir_lock(Path(sys.argv[1]), is_shared=False):\n    print('held', flush=True)\n"
         "    time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
     assert holder.stdout is not None
-    with holder.stdout as stdout:
-        assert stdout.readline() == b"held\n"
-        with pytest.raises(ModelsDirInUseError), models_dir_lock(tmp_path, is_shared=False):
-            pass
+    try:
+        with holder.stdout as stdout:
+            assert stdout.readline() == b"held\n"
+            with pytest.raises(ModelsDirInUseError), models_dir_lock(tmp_path, is_shared=False):
+                pass
+    finally:
         holder.kill()
         holder.wait()
     with models_dir_lock(tmp_path, is_shared=False):

@@ -26,8 +26,16 @@ def models_dir(tmp_path: Path, tiny_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny_served(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Iterator[Served]:
+def served_dir(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
+    """The models directory of tiny_served, which no other test's server uses either."""
+    path = tmp_path_factory.mktemp("models")
+    (path / "tiny-llama").symlink_to(tiny_dir / "tiny-llama")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny_served(tmp_path_factory: pytest.TempPathFactory, served_dir: Path) -> Iterator[Served]:
     """`osaurus serve --model tiny-llama`, for tests that leave it running."""
-    arguments = ("--model=tiny-llama", f"--models-dir={tiny_dir}", "--max-output-tokens=16")
+    arguments = ("--model=tiny-llama", f"--models-dir={served_dir}", "--max-output-tokens=16")
     with serving(tmp_path_factory.mktemp("home"), *arguments) as served:
         yield served

@@ -52,11 +52,11 @@ def test_the_curl_line_works_when_pasted(tiny_served: Served) -> None:
     assert json.loads(answered.stdout)["object"] == "chat.completion"
 
 
-def test_status_ps_and_run_find_it(tiny_served: Served, tiny_dir: Path) -> None:
+def test_status_ps_and_run_find_it(tiny_served: Served, served_dir: Path) -> None:
     status = run_command(tiny_served.home, "status")
     assert status.returncode == 0
     assert status.stdout.startswith("running\n")
-    for known in (tiny_served.http, tiny_served.grpc, str(tiny_served.popen.pid), str(tiny_dir)):
+    for known in (tiny_served.http, tiny_served.grpc, str(tiny_served.popen.pid), str(served_dir)):
         assert known in status.stdout
     assert "models loaded     tiny-llama" in status.stdout
     ps = run_command(tiny_served.home, "ps")
@@ -65,15 +65,15 @@ def test_status_ps_and_run_find_it(tiny_served: Served, tiny_dir: Path) -> None:
     before = {process.pid for process in tiny_served.children}
     ran = run_command(
         tiny_served.home,
-        "run", "tiny-llama", "Hi", "there", "--max-tokens=4", f"--models-dir={tiny_dir}",
+        "run", "tiny-llama", "Hi", "there", "--max-tokens=4", f"--models-dir={served_dir}",
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip()
     assert {process.pid for process in tiny_served.children if process.is_running()} == before
 
 
-def test_a_second_server_on_the_models_directory_is_refused(tiny_served: Served, tiny_dir: Path) -> None:
-    second = run_command(tiny_served.home, "serve", f"--models-dir={tiny_dir}", "--port=0", "--grpc-port=0")
+def test_a_second_server_on_the_models_directory_is_refused(tiny_served: Served, served_dir: Path) -> None:
+    second = run_command(tiny_served.home, "serve", f"--models-dir={served_dir}", "--port=0", "--grpc-port=0")
     assert second.returncode == 1
     assert tiny_served.http in second.stderr
     assert "osaurus stop" in second.stderr
@@ -84,9 +84,9 @@ def test_a_second_server_on_the_models_directory_is_refused(tiny_served: Served,
 
 
 def test_a_second_server_may_share_the_models_directory(
-    tiny_served: Served, tiny_dir: Path, home: Path
+    tiny_served: Served, served_dir: Path, home: Path
 ) -> None:
-    with serving(home, f"--models-dir={tiny_dir}", "--share-models-dir") as second:
+    with serving(home, f"--models-dir={served_dir}", "--share-models-dir") as second:
         assert second.http != tiny_served.http
         assert is_healthy(second.http)
         assert second.signal_and_wait(signal.SIGTERM) == 0

@@ -158,12 +158,13 @@ def core_process(
     """A gRPC core, limits as by default.
 
     Args:
-        models_dir: Its models; the Hugging Face cache is left out.
+        models_dir: Its models, which other cores may use too; the Hugging Face cache is left out.
         flags: Further flags of osaurus-core.
         env: Further environment variables.
         until_serving: Wait for its health to say SERVING, and not only for it to listen.
     """
-    arguments = ("--grpc-port", "0", "--models-dir", str(models_dir), "--no-hub-cache", *flags)
+    shared = ("--share-models-dir", "--no-hub-cache")
+    arguments = ("--grpc-port", "0", "--models-dir", str(models_dir), *shared, *flags)
     with _child("osaurus_grpc", arguments, "osaurus-core listening on ", env) as process:
         if until_serving:
             wait_for_serving(process)
