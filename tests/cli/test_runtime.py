@@ -117,7 +117,8 @@ def test_the_lock_needs_no_right_to_write_and_leaves_no_file(tmp_path: Path) -> 
 
 def test_the_lock_goes_with_a_killed_process(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from osaurus_grpc.models.ownership import models_dir_lock\n"
+        "import sys, time; from pathlib import Path\n"
+        "from osaurus_grpc.models.ownership import models_dir_lock\n"
         "with models_dir_lock(Path(sys.argv[1]), is_shared=False):\n    print('held', flush=True)\n"
         "    time.sleep(600)"
     )
