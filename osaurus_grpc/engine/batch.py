@@ -160,8 +160,14 @@ class _Generator(BatchGenerator):  # type: ignore[misc]  # mlx-lm ships no types
 
     def __init__(self, model: nn.Module, batch_size: int) -> None:
         super().__init__(model, completion_batch_size=batch_size, prefill_batch_size=batch_size)
-        self._prompt_batch = _PromptBatch.empty(model, self.sampler)
-        self._generation_batch = _DecodeBatch.empty(model, self.sampler)
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all sequences with their caches, whatever state an exception left them in."""
+        self._prompt_batch = _PromptBatch.empty(self.model, self.sampler)
+        self._generation_batch = _DecodeBatch.empty(self.model, self.sampler)
+        self._unprocessed_sequences.clear()
+        self._currently_processing.clear()
 
     def _make_batch(self, n: int) -> _PromptBatch:
         batch = super()._make_batch(n)
@@ -298,16 +304,11 @@ class Batch:
         return Prefilled(uid, processed + found, total + found)
 
     def close(self) -> None:
-        """Give up all sequences and their caches."""
-        generator: Any = self._generator
-        generator.remove(
-            [
-                *generator._prompt_batch.uids,
-                *generator._generation_batch.uids,
-                *(sequence[0] for sequence in generator._unprocessed_sequences),
-            ]
-        )
-        generator.close()
+        """Give up all sequences and free their caches; also after an exception."""
+        self._generator.clear()
+        self._found.clear()
+        mx.clear_cache()
+        self._generator.close()
 
 
 def self_test() -> None:

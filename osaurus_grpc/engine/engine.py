@@ -140,8 +140,13 @@ class Engine:
             logger.error("event=mlx_thread_stuck")
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Run a function on the MLX thread between two steps; what it returns or raises comes back."""
+        """Run a function on the MLX thread between two steps; what it returns or raises comes back.
+
+        Raises DrainingError once the engine is stopping: the thread may have ended.
+        """
         assert self._loop is not None
+        if self._is_stopping:
+            raise DrainingError
         loop, result = self._loop, self._loop.create_future()
 
         def settle(value: T | None, error: BaseException | None) -> None:

@@ -48,11 +48,15 @@ class Runner:
         self.scheduler = scheduler
         self._suspects: deque[Sequence] = deque()
         self._on_trial: Sequence | None = None
+        # Taken out of the queue and not yet in the batch: what an error between the two must not lose.
+        self._joining: deque[Sequence] = deque()
+        # Rows of cancelled sequences, removed by the next step.
+        self._leaving: list[int] = []
 
     @property
     def is_busy(self) -> bool:
         """Whether there is anything to step."""
-        return bool(len(self.scheduler) or self._suspects)
+        return bool(len(self.scheduler) or self._suspects or self._leaving)
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -62,7 +66,8 @@ class Runner:
     def cancel(self, sequence: Sequence) -> None:
         """Drop a sequence at whatever stage it is; its row is free for the next step."""
         if sequence.uid is not None:
-            self._batch.remove(sequence.uid)
+            # Not removed here: that computes and may fail, which only step() recovers from.
+            self._leaving.append(sequence.uid)
         elif sequence in self._suspects:
             self._suspects.remove(sequence)
         if self._on_trial is sequence:
@@ -70,11 +75,13 @@ class Runner:
         self.scheduler.ended(sequence)
 
     def step(self) -> list[Delivery]:
-        """Admit what may join, run one step, and say what came of it."""
+        """Drop who left, admit what may join, run one step, and say what came of it."""
         deliveries: list[Delivery] = []
         chunk = self.scheduler.chunk_tokens()
         try:
-            deliveries.extend(self._join())
+            while self._leaving:
+                self._batch.remove(self._leaving.pop())
+            self._join(deliveries)
             started = time.monotonic()
             events = self._batch.step(chunk)
             now = time.monotonic()
@@ -89,14 +96,18 @@ class Runner:
             deliveries.extend(self._interpret(event, now))
         return deliveries
 
-    def _join(self) -> list[Delivery]:
+    def _join(self, deliveries: list[Delivery]) -> None:
         """Let sequences into the batch: suspects one by one, then the queue."""
         if self._on_trial is not None:
-            return []
+            return
         if self._suspects:
             self._on_trial = self._suspects.popleft()
-            return self._start(self._on_trial)
-        return [said for sequence in self.scheduler.admit() for said in self._start(sequence)]
+            self._joining.append(self._on_trial)
+        else:
+            self._joining.extend(self.scheduler.admit())
+        while self._joining:
+            deliveries.extend(self._start(self._joining[0]))
+            self._joining.popleft()
 
     def _start(self, sequence: Sequence) -> list[Delivery]:
         """Give a sequence its row."""
@@ -158,28 +169,30 @@ class Runner:
     def _recover(self) -> list[Delivery]:
         """Rebuild the batch; all its sequences become suspects."""
         deliveries: list[Delivery] = []
+        survivors = [*self.scheduler.restart(), *(s for s in self._joining if s.uid is None)]
+        self._joining.clear()
+        self._leaving.clear()
         culprit, self._on_trial = self._on_trial, None
+        if culprit is None and len(survivors) == 1:
+            (culprit,) = survivors  # alone, it is its own trial
         if culprit is not None:
+            survivors.remove(culprit)
             culprit.strikes += 1
             if culprit.strikes >= _TRIALS:
-                self.scheduler.ended(culprit)
                 deliveries.append((culprit, EngineError()))
-        survivors = self.scheduler.restart()
-        if culprit is None and len(survivors) == 1:
-            survivors[0].strikes += 1  # alone, it is its own trial
-        if culprit in survivors:
-            # It goes last, so that its second failure costs the others nothing.
-            survivors.remove(culprit)
-            survivors.append(culprit)
+            else:
+                # It goes last, so that its second failure costs the others nothing.
+                survivors.append(culprit)
         self._suspects.extendleft(reversed(survivors))
+        self._batch.close()
         self._batch = self._make_batch()
         return deliveries
 
     def close(self) -> list[Sequence]:
         """Give everything up; returns the sequences that were live."""
-        live = [*self.scheduler.sequences(), *self._suspects]
-        self.scheduler.running.clear()
+        live = [*self.scheduler.restart(), *self.scheduler.waiting, *self._suspects]
         self.scheduler.waiting.clear()
         self._suspects.clear()
+        self._leaving.clear()
         self._batch.close()
         return live

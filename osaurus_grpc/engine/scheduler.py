@@ -107,9 +107,11 @@ class Scheduler:
         chunk = self.chunk_tokens()
         prefilling = [s for s in self.running.values() if not s.is_decoding]
         free = self._max_batch_size - len(self.running)
-        # Tokens of the prompts that share the chunk; one of them may be long.
-        has_long = any(s.uncached_tokens > _SMALLEST_CHUNK for s in prefilling)
+        # The prompts share the chunk. One of them may be long, which is one that its share of the next
+        # chunk does not finish.
         sharing = len(prefilling)
+        share = max(_SMALLEST_CHUNK, chunk // max(1, sharing))
+        has_long = any(s.unprocessed_tokens > share for s in prefilling)
         admitted: list[Sequence] = []
         skipped: list[Sequence] = []
         while self.waiting and free > 0:

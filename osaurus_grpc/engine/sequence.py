@@ -55,6 +55,11 @@ class Sequence:
         return len(self.request.prompt) + len(self.generated) - self.cached_tokens
 
     @property
+    def unprocessed_tokens(self) -> int:
+        """Prompt tokens that are still to be computed, once it has a row."""
+        return len(self.request.prompt) + len(self.generated) - self.prefilled
+
+    @property
     def tokens_left(self) -> int:
         """Tokens it may still generate."""
         return self.request.max_tokens - len(self.generated)

@@ -110,15 +110,19 @@ class Worker:
             logger.exception("event=self_test_failed")
             raise
         while not self._is_stopping:
-            busy = [runner for runner in self._runners.values() if runner.is_busy]
-            self._run_posted(wait=not busy)
-            for runner in busy:
-                if deliveries := runner.step():
-                    self._deliver(deliveries)
+            self._run_posted(wait=not any(runner.is_busy for runner in self._runners.values()))
+            self._step()
         for runner in self._runners.values():
             runner.close()
         self._runners.clear()
         self.free()
+
+    def _step(self) -> None:
+        """A step of every model that has something to do."""
+        # Not in _run(), whose locals live while it waits and would keep an unloaded model in memory.
+        for runner in self._runners.values():
+            if runner.is_busy and (deliveries := runner.step()):
+                self._deliver(deliveries)
 
     def _run_posted(self, *, wait: bool) -> None:
         """Run what was posted; with wait, sleep until there is something."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from osaurus_grpc.engine.scheduler import Scheduler, StepClock
 from osaurus_grpc.engine.sequence import Sequence
 from osaurus_grpc.engine.types import GenerationRequest, SamplingParams
+
+UIDS = itertools.count(1000)
 
 
 def sequence(length: int, name: str = "") -> Sequence:
@@ -19,8 +23,8 @@ def scheduler(size: int = 8, chunk: int = 512) -> Scheduler:
 
 def admit(target: Scheduler) -> list[Sequence]:
     admitted = target.admit()
-    for number, one in enumerate(admitted):
-        target.started(one, uid=1000 + number + len(target.running))
+    for one in admitted:
+        target.started(one, uid=next(UIDS))
     return admitted
 
 
@@ -87,3 +91,22 @@ def test_chunks_fit_the_pause_they_may_make(decode, per_token, decoding, expecte
 
 def test_a_chunk_is_never_larger_than_the_setting():
     assert StepClock().chunk_tokens(16, decoding=0) == 16
+
+
+def test_a_long_prompt_gets_in_between_a_stream_of_short_answers():
+    """Each of them is in prefill, for one token still, when the next one asks."""
+    target = scheduler(size=4)
+    long_one = sequence(5000, "long")
+    before = sequence(100)
+    target.waiting.append(before)
+    (running,) = admit(target)
+    target.waiting.append(long_one)
+    for _ in range(20):
+        running.prefilled = 99  # the last token is fed by the next step
+        target.waiting.append(sequence(100))
+        admitted = admit(target)
+        if long_one in admitted:
+            return
+        target.ended(running)
+        (running,) = admitted
+    pytest.fail("the long prompt never got in")

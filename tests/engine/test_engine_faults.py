@@ -1,0 +1,107 @@
+"""The engine where things go wrong between steps: starts and removals that fail, models that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
+
+from osaurus_grpc.engine import runner
+from osaurus_grpc.engine.batch import Batch
+from osaurus_grpc.engine.types import PrefillStarted, SamplingParams, TokensGenerated
+from osaurus_grpc.errors import DrainingError, EngineError
+
+from .conftest import VOCAB, answer, collect, request, running_engine, tiny_model, token_ids, until
+from .test_engine import Faulty
+
+# Passes the engine's checks, and fails when its row is made.
+POISON = SamplingParams(temperature=0.0, logit_bias={3: "much"})  # type: ignore[dict-item]  # on purpose
+
+
+async def test_a_row_that_cannot_be_made_ends_its_request_only(engine):
+    good = [request(prompt=(1, 2, 3 + i), max_tokens=30) for i in range(3)]
+    expected = [await answer(engine, one) for one in good]
+    async with asyncio.timeout(60):
+        results = await asyncio.gather(
+            collect(engine, good[0]),
+            collect(engine, request(sampling=POISON)),
+            *(collect(engine, one) for one in good[1:]),
+            return_exceptions=True,
+        )
+    assert isinstance(results.pop(1), EngineError)
+    assert [token_ids(events) for events in results] == expected
+    assert all(sum(isinstance(event, PrefillStarted) for event in events) == 1 for events in results)
+    assert all(isinstance(events[0], PrefillStarted) for events in results)
+    assert (engine.stats().running, engine.stats().waiting) == (0, 0)
+
+
+async def test_a_row_that_cannot_be_removed_harms_nobody(engine, monkeypatch):
+    """Removing a row computes: the device may fail there as well."""
+    expected = await answer(engine, request(max_tokens=60))
+    remove = Batch.remove
+
+    def failing(self: Batch, uid: int) -> None:
+        monkeypatch.setattr(Batch, "remove", remove)
+        raise RuntimeError("device lost")
+
+    running = asyncio.create_task(answer(engine, request(max_tokens=60)))
+    leaver = engine.generate(request(prompt=(7,), max_tokens=10_000))
+    async for event in leaver:
+        if isinstance(event, TokensGenerated):
+            break
+    monkeypatch.setattr(Batch, "remove", failing)
+    await leaver.aclose()
+    async with asyncio.timeout(30):
+        assert await running == expected
+        assert await answer(engine, request(max_tokens=60)) == expected
+
+
+async def test_leaving_a_model_that_was_unloaded_takes_no_row_of_its_successor(engine):
+    old = engine.generate(request(max_tokens=100_000))
+    async for event in old:
+        if isinstance(event, TokensGenerated):
+            break
+    await engine.detach("tiny")
+    await engine.attach("tiny", await engine.call(tiny_model), (), VOCAB)
+    new = asyncio.create_task(answer(engine, request(max_tokens=300)))
+    await until(lambda: engine.stats().running == 2)
+    await old.aclose()
+    async with asyncio.timeout(30):
+        assert len(await new) == 300
+
+
+async def test_an_unloaded_model_is_freed():
+    async with running_engine() as engine:
+        model = await engine.call(tiny_model)
+        gone = weakref.ref(model)
+        await engine.attach("other", model, (), VOCAB)
+        del model
+        await answer(engine, replace(request(), model_id="other"))
+        await engine.detach("other")
+        await engine.free()
+        assert gone() is None
+
+
+async def test_the_batch_of_a_failed_step_is_freed_at_once(monkeypatch):
+    """Its KV caches may be what the device had no memory for."""
+    monkeypatch.setattr(runner.logger, "disabled", True)  # pytest keeps records, with their tracebacks
+    async with running_engine(
+        wrap=lambda m: Faulty(m, lambda call, _: call == 20), prompt_cache_bytes=2**20
+    ) as engine:
+        first = await engine.call(lambda: weakref.ref(engine._worker.runner("tiny")._batch))
+        gc.disable()
+        try:
+            assert len(await answer(engine, request(max_tokens=40))) == 40
+            assert await engine.call(lambda: first() is None)
+        finally:
+            gc.enable()
+
+
+async def test_a_call_after_the_end_is_refused(engine):
+    await engine.stop()
+    async with asyncio.timeout(10):
+        with pytest.raises(DrainingError):
+            await engine.call(lambda: None)
