@@ -13,7 +13,7 @@ import importlib.metadata
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -25,7 +25,6 @@ from osaurus_grpc.errors import (
     InsufficientMemoryError,
     ModelBusyError,
     ModelUnusableError,
-    OsaurusError,
 )
 from osaurus_grpc.models.catalog import ModelEntry
 from osaurus_grpc.models.platform import memory_bytes, mx, plan_weights
@@ -39,6 +38,8 @@ _GROUP_BYTES = 128 * 2**20
 _UNKNOWN_CONTEXT_LENGTH = 32_768
 _UNLOAD_WAIT_SECONDS = 30.0
 _LOAD_SECONDS = 1800.0
+# A longer keep-alive is for ever: the date of its end may be one that no calendar has.
+_LONGEST_KEEP_ALIVE_SECONDS = 100 * 365 * 86_400.0
 # Special tokens by which chat templates end a turn; a model whose configuration forgets to name its
 # own would talk on to itself.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|endoftext|>")
@@ -165,7 +166,7 @@ class Residency:
         self._keep_alive_seconds = keep_alive_seconds
         self._dtype = dtype
         self._slots: dict[str, _Slot] = {}
-        self._background: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[bool]] = set()
         # Loads and unloads follow one another: they share one thread and one memory.
         self._changing = asyncio.Lock()
         self._is_closed = False
@@ -190,7 +191,7 @@ class Residency:
         asked = time.monotonic()
         waited = not slot.loading.done()
         try:
-            model = await asyncio.shield(slot.loading)
+            model = await self._loaded(slot)
             yield Lease(model, time.monotonic() - asked if waited else 0.0)
         finally:
             slot.leases -= 1
@@ -215,11 +216,13 @@ class Residency:
         if slot is None:
             return False
         deadline = time.monotonic() + _UNLOAD_WAIT_SECONDS
-        while slot.leases:
+        while slot.leases or not await self._drop(slot):
+            if self._slots.get(model_id) is not slot:
+                break  # somebody else unloaded it
             if time.monotonic() > deadline:
                 raise ModelBusyError(f"Model '{model_id}' is in use.", model=model_id)
             await asyncio.sleep(0.02)
-        return await self._drop(slot)
+        return True
 
     def residence(self, model_id: str) -> Residence:
         """A model's place in memory."""
@@ -233,28 +236,39 @@ class Residency:
     async def close(self) -> None:
         """Refuse new leases and unload everything nobody holds."""
         self._is_closed = True
+        loading = [slot.loading for slot in self._slots.values() if not slot.loading.done()]
+        for load in loading:
+            load.cancel()
+        if loading:
+            await asyncio.wait(loading)
         for slot in list(self._slots.values()):
-            if not slot.loading.done():
-                slot.loading.cancel()
-                with suppress(asyncio.CancelledError, OsaurusError):
-                    await slot.loading
             await self._drop(slot)
-        for task in list(self._background):
-            await task
+        if self._background:
+            await asyncio.wait(self._background)
 
     async def _current_slot(self, entry: ModelEntry) -> _Slot:
         """The slot that serves an entry; starts a load where there is none, or an outdated one."""
-        if self._is_closed:
-            raise DrainingError
         slot = self._slots.get(entry.id)
         if slot is not None and slot.entry.digest != entry.digest and not slot.leases:
             await self._drop(slot)  # its files were replaced
             slot = self._slots.get(entry.id)
+        if self._is_closed:
+            raise DrainingError
         if slot is None:
             loading = asyncio.create_task(self._load(entry), name=f"load {entry.id}")
             slot = self._slots[entry.id] = _Slot(entry, loading, self._keep_alive_seconds)
             loading.add_done_callback(lambda _: self._forget_failed(slot))
         return slot
+
+    @staticmethod
+    async def _loaded(slot: _Slot) -> LoadedModel:
+        """The slot's model once it is loaded; the load goes on when a waiter leaves."""
+        try:
+            return await asyncio.shield(slot.loading)
+        except asyncio.CancelledError:
+            if slot.loading.cancelled():  # by close(), and not this waiter
+                raise DrainingError from None
+            raise
 
     def _forget_failed(self, slot: _Slot) -> None:
         """A load that failed leaves no slot, so that the next use tries again."""
@@ -263,39 +277,49 @@ class Residency:
             del self._slots[slot.entry.id]
 
     async def _load(self, entry: ModelEntry) -> LoadedModel:
-        """Make room, load, take into service."""
-        async with self._changing, asyncio.timeout(_LOAD_SECONDS):
-            started = time.monotonic()
-            await self._make_room(entry)
-            tokenizer, eos_token_ids = await asyncio.to_thread(_load_tokenizer, entry)
-            model: Any = await self._host.call(lambda: _build(entry, self._dtype))
-            for group in _groups(model):
-                await self._host.call(partial(_evaluate, entry, group))
-            vocab_size, resident_bytes = await self._host.call(lambda: _probe(entry, model))
-            await self._host.attach(entry.id, model, tuple(sorted(eos_token_ids)), vocab_size)
-            seconds = time.monotonic() - started
-            logger.info(
-                "event=model_loaded model=%s seconds=%.2f bytes=%d", entry.id, seconds, resident_bytes
-            )
-            return LoadedModel(
-                entry=entry,
-                tokenizer=tokenizer,
-                eos_token_ids=eos_token_ids,
-                context_length=entry.context_length or _UNKNOWN_CONTEXT_LENGTH,
-                vocab_size=vocab_size,
-                resident_bytes=resident_bytes,
-                load_seconds=seconds,
-                fingerprint=_fingerprint(entry, self._dtype),
-            )
+        """Load when no other model is loaded or unloaded, in bounded time."""
+        async with self._changing:
+            try:
+                async with asyncio.timeout(_LOAD_SECONDS):
+                    return await self._load_alone(entry)
+            except TimeoutError as error:
+                _log_unusable("time", entry)
+                raise ModelUnusableError(
+                    f"Model '{entry.id}' cannot be loaded: reading it takes too long.", model=entry.id
+                ) from error
+
+    async def _load_alone(self, entry: ModelEntry) -> LoadedModel:
+        """Make room, load, take into service. The caller holds the lock."""
+        started = time.monotonic()
+        await self._make_room(entry)
+        tokenizer, eos_token_ids = await asyncio.to_thread(_load_tokenizer, entry)
+        model: Any = await self._host.call(lambda: _build(entry, self._dtype))
+        for group in _groups(model):
+            await self._host.call(partial(_evaluate, entry, group))
+        vocab_size, resident_bytes = await self._host.call(lambda: _probe(entry, model))
+        await self._host.attach(entry.id, model, tuple(sorted(eos_token_ids)), vocab_size)
+        seconds = time.monotonic() - started
+        logger.info("event=model_loaded model=%s seconds=%.2f bytes=%d", entry.id, seconds, resident_bytes)
+        return LoadedModel(
+            entry=entry,
+            tokenizer=tokenizer,
+            eos_token_ids=eos_token_ids,
+            context_length=entry.context_length or _UNKNOWN_CONTEXT_LENGTH,
+            vocab_size=vocab_size,
+            resident_bytes=resident_bytes,
+            load_seconds=seconds,
+            fingerprint=_fingerprint(entry, self._dtype),
+        )
 
     async def _make_room(self, entry: ModelEntry) -> None:
         """Unload idle models, the least recently used first, until the new one fits."""
         while True:
-            others = [slot for slot in self._slots.values() if slot.entry.id != entry.id]
+            # Those that wait for their load have no memory yet; they find this one in their way.
+            others = [s for s in self._slots.values() if s.entry.id != entry.id and s.model is not None]
             needed = estimated_bytes(entry, self._dtype)
             if len(others) < self._max_loaded_models and needed <= memory_bytes():
                 return
-            idle = [slot for slot in others if not slot.leases and slot.model is not None]
+            idle = [slot for slot in others if not slot.leases]
             if not idle:
                 if len(others) >= self._max_loaded_models:
                     raise InsufficientMemoryError(
@@ -310,12 +334,27 @@ class Residency:
             await self._release(min(idle, key=lambda slot: slot.last_used))
 
     async def _drop(self, slot: _Slot) -> bool:
-        """Unload a slot that nobody holds; False where that is no longer so."""
-        async with self._changing:
-            if slot.leases or self._slots.get(slot.entry.id) is not slot:
-                return False
-            await self._release(slot)
-            return True
+        """Unload a slot that nobody holds; False where that is no longer so.
+
+        Goes on when the caller leaves: half an unload would keep the memory.
+        """
+        return await asyncio.shield(self._start_drop(slot))
+
+    def _start_drop(self, slot: _Slot, expired: asyncio.TimerHandle | None = None) -> asyncio.Task[bool]:
+        """Drop a slot in the background; where a timer expired, only if no use followed."""
+
+        async def drop() -> bool:
+            async with self._changing:
+                is_renewed = expired is not None and slot.timer is not expired
+                if slot.leases or is_renewed or self._slots.get(slot.entry.id) is not slot:
+                    return False
+                await self._release(slot)
+                return True
+
+        task = asyncio.create_task(drop(), name=f"unload {slot.entry.id}")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
 
     async def _release(self, slot: _Slot) -> None:
         """Take a model out of service and free it. The caller holds the lock."""
@@ -327,9 +366,9 @@ class Residency:
 
     def _start_timer(self, slot: _Slot) -> None:
         """Unload the slot when its keep-alive ends."""
-        if slot.keep_alive_seconds < 0 or self._is_closed:
-            return
         seconds = slot.keep_alive_seconds
+        if not 0 <= seconds <= _LONGEST_KEEP_ALIVE_SECONDS or self._is_closed:
+            return
         slot.expire_time = datetime.now(UTC) + timedelta(seconds=seconds)
         slot.timer = asyncio.get_running_loop().call_later(seconds, self._expire, slot)
 
@@ -340,12 +379,7 @@ class Residency:
         slot.timer, slot.expire_time = None, None
 
     def _expire(self, slot: _Slot) -> None:
-        async def drop() -> None:
-            await self._drop(slot)
-
-        task = asyncio.create_task(drop())
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        self._start_drop(slot, slot.timer)
 
 
 def estimated_bytes(entry: ModelEntry, dtype: str) -> int:

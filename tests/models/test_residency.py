@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from osaurus_grpc.engine.engine import Engine
 from osaurus_grpc.engine.types import GenerationFinished, GenerationRequest, SamplingParams
 from osaurus_grpc.errors import DrainingError, InsufficientMemoryError, ModelUnusableError
 from osaurus_grpc.models.catalog import Catalog, ModelEntry
-from osaurus_grpc.models.residency import LoadedModel, ResidenceState, Residency
+from osaurus_grpc.models.residency import Lease, LoadedModel, ResidenceState, Residency
 
 
 @asynccontextmanager
@@ -151,6 +152,88 @@ async def test_nothing_is_leased_after_close(entry):
         await models.close()
         with pytest.raises(DrainingError):
             await models.load(entry)
+
+
+async def test_models_asked_for_at_once_do_not_count_as_loaded_before_they_are(tiny_dir, tmp_path):
+    """The first gets the only place, whoever else wants it."""
+    entries = copies(tiny_dir, tmp_path, "a", "b", "c")
+    async with residency(max_loaded_models=1) as (_, models):
+        first, *others = await asyncio.gather(*(models.load(e) for e in entries), return_exceptions=True)
+        assert isinstance(first, Lease)
+        assert all(isinstance(other, Lease | InsufficientMemoryError) for other in others)
+
+
+async def test_closing_refuses_those_who_wait_for_a_load(entry):
+    async with residency() as (_, models):
+        waiting = asyncio.create_task(models.load(entry))
+        await eventually(lambda: models.residence(entry.id).state is ResidenceState.LOADING)
+        await models.close()
+        with pytest.raises(DrainingError):
+            await waiting
+
+
+async def test_a_load_that_takes_for_ever_is_an_error_of_the_model(entry, monkeypatch):
+    monkeypatch.setattr("osaurus_grpc.models.residency._LOAD_SECONDS", 0.0)
+    async with residency() as (_, models):
+        with pytest.raises(ModelUnusableError):
+            await models.load(entry)
+
+
+async def test_a_use_before_the_end_of_another_load_renews_the_keep_alive(tiny_dir, tmp_path):
+    """Unloading waits for the load; what was used meanwhile stays."""
+    first, second = copies(tiny_dir, tmp_path, "a", "b")
+    async with residency() as (_, models):
+        kept = await models.load(first)
+        loading = asyncio.create_task(models.load(second))
+        await eventually(lambda: models.residence("b").state is ResidenceState.LOADING)
+        await models.load(first, keep_alive_seconds=0)
+        await eventually(lambda: bool(models._background))
+        await models.load(first, keep_alive_seconds=-1)
+        assert not loading.done()
+        await loading
+        await eventually(lambda: not models._background)
+        assert models.residence("a").state is ResidenceState.LOADED
+        assert (await models.load(first)).model is kept.model
+
+
+async def test_unloading_waits_for_a_lease_that_came_meanwhile(tiny_dir, tmp_path):
+    first, second = copies(tiny_dir, tmp_path, "a", "b")
+    async with residency() as (_, models):
+        await models.load(first)
+        loading = asyncio.create_task(models.load(second))
+        await eventually(lambda: models.residence("b").state is ResidenceState.LOADING)
+        unloading = asyncio.create_task(models.unload("a"))
+        await asyncio.sleep(0)  # it found no lease, and waits for the load
+        async with models.lease(first):
+            await loading
+            await asyncio.sleep(0.1)
+            assert not unloading.done()
+        assert await unloading is True
+        assert models.residence("a").state is ResidenceState.AVAILABLE
+
+
+async def test_an_unload_whose_caller_leaves_is_finished(entry):
+    async with residency() as (engine, models):
+        await models.load(entry)
+        hold = threading.Event()
+        blocked = asyncio.create_task(engine.call(hold.wait))
+        unloading = asyncio.create_task(models.unload(entry.id))
+        await eventually(lambda: models.residence(entry.id).state is ResidenceState.AVAILABLE)
+        unloading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await unloading
+        freed = 0
+        free = engine.free
+
+        async def counted() -> None:
+            nonlocal freed
+            await free()
+            freed += 1
+
+        engine.free = counted
+        hold.set()
+        await blocked
+        await eventually(lambda: freed == 1)
 
 
 def break_config(folder: Path) -> None:
