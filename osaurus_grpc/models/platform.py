@@ -206,11 +206,12 @@ set_blas_threads(blas.threads)
 
 
 def memory_bytes() -> int:
-    """Memory that models may take: the device's own, or on a CPU what the machine has available."""
+    """Memory that more models may take: what the device, or on a CPU the machine, has left."""
     if device() is Device.CPU:
         return int(psutil.virtual_memory().available)
     info = mx.device_info()
-    return int(info.get("max_recommended_working_set_size") or info.get("memory_size") or 0)
+    limit = int(info.get("max_recommended_working_set_size") or info.get("memory_size") or 0)
+    return max(0, limit - int(mx.get_active_memory()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,12 +229,13 @@ class WeightPlan:
     reason: str
 
 
-def plan_weights(parameter_count: int, setting: str) -> WeightPlan:
+def plan_weights(parameter_count: int, setting: str, *, is_quantized: bool = True) -> WeightPlan:
     """Decide how to hold a model's weights.
 
     Args:
         parameter_count: Weights of the model; 0 where that is not known.
         setting: "auto", "native", or a dtype's name.
+        is_quantized: Whether the files hold quantized weights.
 
     On Metal and CUDA quantized weights have kernels of their own and stay. MLX's CPU kernels for
     quantized and 16-bit weights are scalar code: float32 weights through the BLAS process prompts
@@ -247,6 +249,8 @@ def plan_weights(parameter_count: int, setting: str) -> WeightPlan:
         return WeightPlan(None, False, f"{device().value} has kernels for quantized and 16-bit weights")
     if parameter_count * 4 <= 0.6 * memory_bytes():
         return WeightPlan(mx.float32, True, "float32 through the BLAS is the CPU's fastest path")
+    if not is_quantized:
+        return WeightPlan(None, False, "float32 weights would not fit in memory: they stay as they are")
     return WeightPlan(
         mx.float32, False, "float32 weights would not fit in memory: quantized weights, float32 activations"
     )

@@ -27,7 +27,7 @@ from osaurus_grpc.errors import (
     ModelUnusableError,
 )
 from osaurus_grpc.models.catalog import ModelEntry
-from osaurus_grpc.models.platform import memory_bytes, mx, plan_weights
+from osaurus_grpc.models.platform import WeightPlan, memory_bytes, mx, plan_weights
 
 logger = logging.getLogger(__name__)
 
@@ -382,9 +382,14 @@ class Residency:
         self._start_drop(slot, slot.timer)
 
 
+def _plan(entry: ModelEntry, dtype: str) -> WeightPlan:
+    is_dense = entry.quantization.lower() in ("f64", "f32", "f16", "bf16")
+    return plan_weights(entry.parameter_count, dtype, is_quantized=not is_dense)
+
+
 def estimated_bytes(entry: ModelEntry, dtype: str) -> int:
     """Memory a model's weights will take."""
-    plan = plan_weights(entry.parameter_count, dtype)
+    plan = _plan(entry, dtype)
     if plan.is_dequantized and plan.dtype is not None and entry.parameter_count:
         return entry.parameter_count * int(plan.dtype.size)
     return entry.size_bytes
@@ -433,7 +438,7 @@ def _build(entry: ModelEntry, dtype: str) -> Any:
             f"'{entry.architecture}' cannot be batched.",
             model=entry.id,
         )
-    plan = plan_weights(entry.parameter_count, dtype)
+    plan = _plan(entry, dtype)
     if plan.dtype is not None:
         model.set_dtype(plan.dtype)  # scales too: weights are then expanded in that dtype, unrounded
     elif "osaurus" in config:
