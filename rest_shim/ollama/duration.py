@@ -8,6 +8,8 @@ from google.protobuf.duration_pb2 import Duration
 
 # The span that google.protobuf.Duration is defined for.
 _MAX_SECONDS = 315_576_000_000.0
+# More than any duration needs.
+_MAX_CHARACTERS = 64
 
 _UNIT_SECONDS = {
     "ns": 1e-9,
@@ -19,14 +21,15 @@ _UNIT_SECONDS = {
     "m": 60.0,
     "h": 3600.0,
 }
-_NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
+# Digits have one way to match only: with two, a long number without a unit takes quadratic time.
+_NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _TERM = re.compile(rf"({_NUMBER})(ns|us|\u00b5s|\u03bcs|ms|s|m|h)")
 _TEXT = re.compile(rf"([+-]?)((?:{_NUMBER}(?:ns|us|\u00b5s|\u03bcs|ms|s|m|h))+|0)")
 
 
 def parse_seconds(text: str) -> float | None:
     """Seconds of a Go duration such as "1h30m" or "-1s" (time.ParseDuration); None where it is none."""
-    match = _TEXT.fullmatch(text)
+    match = _TEXT.fullmatch(text) if len(text) <= _MAX_CHARACTERS else None
     if match is None:
         return None
     total = sum(float(number) * _UNIT_SECONDS[unit] for number, unit in _TERM.findall(match[2]))
