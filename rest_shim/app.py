@@ -49,7 +49,7 @@ _CLIENT_CLOSED_REQUEST = 499
 def _is_worth_logging(record: logging.LogRecord) -> bool:
     """Drops aiohttp's records of malformed HTTP: they quote headers, and a header may be a key."""
     error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, HttpProcessingError)
+    return not isinstance(error, HttpProcessingError | web.RequestPayloadError)
 
 
 class StartError(Exception):

@@ -31,6 +31,9 @@ EMPTY_BODY_TEXT = "missing request body"
 # A union member's tag shows up in a pydantic error's location; this prefix tells it from a key.
 TAG_PREFIX = "~"
 
+# Of a key that a client made up, in a path shown to it.
+_MAX_KEY_CHARACTERS = 64
+
 # The error type whose message is shown as it is.
 VERBATIM = "verbatim"
 
@@ -78,6 +81,8 @@ async def read_body(request: web.Request, schema: type[_Schema], timeout_seconds
             data = await request.read()
     except TimeoutError:
         raise Refusal(408, "The request body did not arrive in time.", code="request_timeout") from None
+    except web.RequestPayloadError:
+        raise Refusal(400, "The request body is not encoded as its headers say.") from None
     if len(data) <= _INLINE_BYTES:
         return validate(schema, parse_object(data))
     return await asyncio.to_thread(lambda: validate(schema, parse_object(data)))
@@ -128,7 +133,8 @@ def json_path(location: tuple[int | str, ...]) -> str:
         if isinstance(part, int):
             path += f"[{part}]"
         elif not part.startswith(TAG_PREFIX):
-            path += f".{part}" if path else part
+            key = part if len(part) <= _MAX_KEY_CHARACTERS else f"{part[:_MAX_KEY_CHARACTERS]}..."
+            path += f".{key}" if path else key
     return path
 
 

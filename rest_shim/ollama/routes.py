@@ -66,7 +66,8 @@ class OllamaRoutes:
         """POST /show."""
         body = await read_body(request, schema.ShowBody, self._settings.request_timeout_seconds)
         name = _required(body.model or body.name)
-        async with _model_errors(name):
+        # Here, and not in /chat, Ollama names the model in full.
+        async with _model_errors(name if ":" in name else f"{name}:latest"):
             model = await self._backend.get_model(name, caller_of(request))
         return json_response(listing.show_json(model), content_type=_JSON)
 

@@ -56,7 +56,7 @@ _PART_TYPES = frozenset({"text", "refusal", "image_url"})
 
 def _part_tag(value: object) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else None
-    return f"{TAG_PREFIX}{kind}" if kind in _PART_TYPES else None
+    return f"{TAG_PREFIX}{kind}" if isinstance(kind, str) and kind in _PART_TYPES else None
 
 
 Part = Annotated[

@@ -336,6 +336,17 @@ class TestBodies:
         assert answer.startswith(b"HTTP/1.1 413")
         assert b'{"error":"The request body is larger than 10000 bytes."}' in answer
 
+    @pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/chat"])
+    async def test_a_body_that_is_not_encoded_as_it_says(
+        self, shim: str, core: ScriptedCore, caplog: pytest.LogCaptureFixture, path: str
+    ) -> None:
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Encoding: gzip\r\n"
+        answer = await exchange(shim, head.encode() + b"Content-Length: 9\r\n\r\n", b'{"a": 12}')
+        assert answer.startswith(b"HTTP/1.1 400")
+        assert b"not encoded as its headers say" in answer
+        assert not core.requests
+        assert "Traceback" not in caplog.text
+
     async def test_malformed_http_is_not_quoted_in_the_log(
         self, shim: str, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -551,8 +562,10 @@ class TestResidence:
         for key in ("model", "name"):
             async with http.post("/api/show", json={key: MODEL}) as response:
                 assert (await response.json())["model_info"]["general.architecture"] == "llama"
-        async with http.post("/api/show", json={"model": "nope"}) as response:
-            assert (response.status, await response.json()) == (404, {"error": "model 'nope' not found"})
+        for name in ("nope", "nope:latest"):
+            async with http.post("/api/show", json={"model": name}) as response:
+                body = await response.json()
+            assert (response.status, body) == (404, {"error": "model 'nope:latest' not found"})
         async with http.post("/api/show", json={}) as response:
             assert (response.status, await response.json()) == (400, {"error": "model is required"})
 

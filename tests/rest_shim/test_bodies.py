@@ -155,3 +155,7 @@ def test_the_path_of_what_is_wrong_is_named(value: object, path: str) -> None:
 
 def test_a_tag_of_a_union_is_not_part_of_a_path() -> None:
     assert json_path(("messages", 0, "content", 1, "~text", "text")) == "messages[0].content[1].text"
+
+
+def test_a_key_that_a_client_made_up_is_cut_in_a_path() -> None:
+    assert json_path(("logit_bias", "x" * 10_000_000)) == f"logit_bias.{'x' * 64}..."

@@ -124,6 +124,8 @@ def test_service_fields_are_ignored() -> None:
         ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": []}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": {"text": 1}}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": True}, "temperature"),
