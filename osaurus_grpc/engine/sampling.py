@@ -20,6 +20,10 @@ from osaurus_grpc.models.platform import mx
 
 # The largest float32 below 1: a draw that rounds to 1 would pass no cumulative sum.
 _LARGEST_DRAW = 1.0 - 2.0**-24
+# Below this a row is greedy: the inverse of a denormal temperature is no float32.
+_COLDEST_TEMPERATURE = 1e-6
+# What a logit is held to when it is divided by a tiny repetition penalty.
+_LARGEST_LOGIT = 1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +100,9 @@ class Penalties:
             # Repetition penalty of the CTRL paper (arXiv:1909.05858), by the sign of the logit.
             seen = logits[self._window]
             penalty = self._params.repetition_penalty
-            logits = mx.put_along_axis(
-                logits, self._window, mx.where(seen < 0, seen * penalty, seen / penalty), axis=-1
-            )
+            divided = mx.minimum(seen / max(penalty, 1 / _LARGEST_LOGIT), _LARGEST_LOGIT)
+            penalised = mx.where(seen < 0, seen * penalty, divided)
+            logits = mx.put_along_axis(logits, self._window, penalised, axis=-1)
         if self._counts is not None:
             if self._counts_next:
                 self._counts = self._counts.at[fed].add(1.0)
@@ -142,7 +146,7 @@ class RowSampler:
     ) -> None:
         self.params = params
         self.top_logprobs = None if top_logprobs is None else min(top_logprobs, vocab_size)
-        self.is_greedy = params.temperature == 0 or params.top_k == 1
+        self.is_greedy = params.temperature < _COLDEST_TEMPERATURE or params.top_k == 1
         self.truncates = not self.is_greedy and (
             0 < params.top_k < vocab_size or params.top_p < 1.0 or params.min_p > 0.0
         )

@@ -173,9 +173,14 @@ def _timestamp(moment: datetime) -> Timestamp:
 
 
 class ChatFold:
-    """Folds the events of a chat stream into the unary answer."""
+    """Folds the events of a chat stream into the unary answer.
 
-    def __init__(self) -> None:
+    Args:
+        wants_logprobs: Set every choice's logprobs, also where an answer has no token.
+    """
+
+    def __init__(self, *, wants_logprobs: bool = False) -> None:
+        self._wants_logprobs = wants_logprobs
         self._response = chat_pb2.ChatResponse()
         self._texts: dict[int, list[str]] = {}
         self._logprobs: dict[int, list[sampling_pb2.ChosenTokenLogprob]] = {}
@@ -209,6 +214,7 @@ class ChatFold:
             )
             choice.message.role = chat_pb2.ROLE_ASSISTANT
             choice.message.content.add(text="".join(self._texts.get(index, ())))
-            if index in self._logprobs:
-                choice.logprobs.tokens.extend(self._logprobs[index])
+            if self._wants_logprobs:
+                choice.logprobs.SetInParent()
+                choice.logprobs.tokens.extend(self._logprobs.get(index, ()))
         return self._response

@@ -54,7 +54,7 @@ class InferenceService(InferenceServiceServicer):
         self, request: chat_pb2.ChatRequest, context: Context
     ) -> chat_pb2.ChatResponse:
         """Answers a conversation in one message."""
-        fold = ChatFold()
+        fold = ChatFold(wants_logprobs=request.sampling.HasField("top_logprobs"))
         async with aclosing(self._generation.chat(request)) as events:
             async for event in events:
                 fold.feed(event)

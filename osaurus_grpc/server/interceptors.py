@@ -19,8 +19,15 @@ from contextlib import aclosing
 from typing import Any, Final, Never, TypeAlias, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from osaurus_grpc.errors import DrainingError, EngineError, OsaurusError, UnauthenticatedError
+from osaurus_grpc.errors import (
+    DrainingError,
+    EngineError,
+    InvalidRequestError,
+    OsaurusError,
+    UnauthenticatedError,
+)
 from osaurus_grpc.server.calls import Call, CallsInProgress
 from osaurus_grpc.server.status import status_from_error
 from osaurus_grpc.telemetry import Telemetry
@@ -73,6 +80,27 @@ def _request_id(context: Context) -> str:
     return shown if _REQUEST_ID.fullmatch(shown) else uuid.uuid4().hex
 
 
+def _decoder(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A deserializer that gives None for bytes that are no message.
+
+    Raised here, the error would reach the client as UNKNOWN without details, past the keys and the log.
+    """
+
+    def read(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except DecodeError:
+            return None
+
+    return read
+
+
+def _decoded(request: Any) -> Any:
+    if request is None:
+        raise InvalidRequestError("The request is not a message of this method's type, in valid UTF-8.")
+    return request
+
+
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the contract's methods; see the module.
 
@@ -106,8 +134,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return wrapped
 
     def _wrap(self, method: str, handler: Handler) -> Handler:
+        assert handler.request_deserializer is not None, "generated code sets it"
         coders = {
-            "request_deserializer": handler.request_deserializer,
+            "request_deserializer": _decoder(handler.request_deserializer),
             "response_serializer": handler.response_serializer,
         }
         name = method.rpartition("/")[2]
@@ -115,7 +144,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if not method.startswith(_CONTRACT_PREFIX):
             assert handler.stream_stream is not None, "reflection is the only other service"
             keyed = self._keyed(cast("StreamMethod", handler.stream_stream))
-            return grpc.stream_stream_rpc_method_handler(keyed, **coders)
+            return grpc.stream_stream_rpc_method_handler(
+                keyed, handler.request_deserializer, handler.response_serializer
+            )
         if handler.unary_stream is not None:
             streaming = self._streaming(name, cast("StreamMethod", handler.unary_stream))
             return grpc.unary_stream_rpc_method_handler(streaming, **coders)
@@ -141,7 +172,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
             async def work() -> None:
                 nonlocal response
-                response = await method(request, context)
+                response = await method(_decoded(request), context)
 
             await self._conduct(name, context, work)
             return response
@@ -153,7 +184,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             async def work() -> None:
                 # Written here, and not yielded on: a call cancelled between two events would leave a
                 # generator to the garbage collector, and its model leased until then.
-                async with aclosing(method(request, context)) as events:
+                async with aclosing(method(_decoded(request), context)) as events:
                     write = context.write
                     async for event in events:
                         await write(event)

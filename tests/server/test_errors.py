@@ -214,6 +214,28 @@ async def test_a_page_token_that_is_none(inference: Any, token: str) -> None:
     assert error.fields == ["page_token"]
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"\x0a\x02\xff\xfe", id="not UTF-8"),
+        pytest.param(chat_request().SerializeToString()[:-1], id="cut off"),
+        pytest.param(b"\x0b" * 1_000, id="nested groups"),
+        pytest.param(bytes(100), id="zeros"),
+    ],
+)
+@pytest.mark.parametrize("method", ["Chat", "ChatStream", "GetModel"])
+async def test_bytes_that_are_no_message(
+    core: Core, caplog: pytest.LogCaptureFixture, method: str, data: bytes
+) -> None:
+    path = f"/osaurus.v1.InferenceService/{method}"
+    async with grpc.aio.insecure_channel(core.address) as channel:
+        kind = channel.unary_stream if method == "ChatStream" else channel.unary_unary
+        error = await failure(kind(path)(data))
+
+    require_reason(error, INVALID, "INVALID_FIELD")
+    assert "Traceback" not in caplog.text
+
+
 async def test_a_negative_page_size(inference: Any) -> None:
     error = await failure(inference.ListModels(inference_service_pb2.ListModelsRequest(page_size=-1)))
 

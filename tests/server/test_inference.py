@@ -153,17 +153,19 @@ async def test_keep_alive_travels_to_residency(tiny_dir: Path) -> None:
         left = model.expire_time.ToDatetime(UTC) - datetime.now(UTC)
         assert 900 < left.total_seconds() <= 1000
 
-        chat.keep_alive.CopyFrom(Duration(seconds=-1))
-        await inference.Chat(chat)
-        model = (await inference.GetModel(inference_service_pb2.GetModelRequest(model=TINY))).model
-        assert not model.HasField("expire_time")
+        # The second is the longest that there is; its end is beyond the last year of a date.
+        for forever in (-1, 315_576_000_000):
+            chat.keep_alive.CopyFrom(Duration(seconds=forever))
+            await inference.Chat(chat)
+            model = (await inference.GetModel(inference_service_pb2.GetModelRequest(model=TINY))).model
+            assert not model.HasField("expire_time")
 
 
 async def test_chat_is_the_fold_of_its_stream(inference: Any) -> None:
     chat = chat_request(temperature=1.0, seed=7, max_tokens=24, top_logprobs=2)
     chat.choice_count = 3
 
-    fold = ChatFold()
+    fold = ChatFold(wants_logprobs=True)
     for event in await events_of(inference, chat):
         fold.feed(event)
     folded, whole = fold.response(), await inference.Chat(chat)
@@ -248,6 +250,15 @@ async def test_logprobs_come_with_their_deltas(inference: Any) -> None:
     assert all(delta.text for delta in deltas[:-1])
 
 
+async def test_an_answer_without_a_token_has_logprobs_all_the_same(inference: Any) -> None:
+    first = text_of(await inference.Chat(chat_request(max_tokens=1)))
+    response = await inference.Chat(chat_request(top_logprobs=0, stop=[first]))
+
+    assert text_of(response) == ""
+    assert response.choices[0].HasField("logprobs")
+    assert not response.choices[0].logprobs.tokens
+
+
 async def test_no_logprobs_where_none_were_asked_for(inference: Any) -> None:
     response = await inference.Chat(chat_request())
 
@@ -329,6 +340,28 @@ async def test_a_top_k_beyond_the_vocabulary_is_off(inference: Any) -> None:
     wide = chat_request(temperature=1.0, seed=5, max_tokens=16, top_k=2**31 - 1)
 
     assert text_of(await inference.Chat(free)) == text_of(await inference.Chat(wide))
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-40, 1e-38, 1e-7])
+async def test_a_tiny_temperature_is_greedy(inference: Any, temperature: float) -> None:
+    greedy = text_of(await inference.Chat(chat_request()))
+
+    assert text_of(await inference.Chat(chat_request(temperature=temperature))) == greedy
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("penalty", [1e-45, 1e-38, 10.0])
+async def test_logprobs_are_numbers_whatever_the_penalty(
+    inference: Any, penalty: float, temperature: float
+) -> None:
+    chat = chat_request(
+        repetition_penalty=penalty, repetition_context=-1, temperature=temperature, top_p=0.9, top_logprobs=20
+    )
+    chat.sampling.ignore_eos = True
+    tokens = (await inference.Chat(chat)).choices[0].logprobs.tokens
+
+    assert len(tokens) == 8
+    assert all(math.isfinite(other.logprob) for token in tokens for other in (token.chosen, *token.top))
 
 
 async def test_logit_bias_steers(inference: Any) -> None:
