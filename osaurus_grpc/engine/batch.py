@@ -14,9 +14,8 @@ from __future__ import annotations
 
 from osaurus_grpc.models.platform import mx  # isort: skip  # first: it loads the BLAS before MLX
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import mlx.nn as nn
@@ -69,6 +68,7 @@ class _DecodeBatch(GenerationBatch):  # type: ignore[misc]  # mlx-lm ships no ty
     """mlx-lm's decode batch with our sampling. Its samplers are RowSamplers, one a row."""
 
     uids: list[int]
+    prompt_cache: list[Any]
     tokens: list[list[int]]
     samplers: list[RowSampler]
     max_tokens: list[int]
@@ -115,12 +115,12 @@ class _DecodeBatch(GenerationBatch):  # type: ignore[misc]  # mlx-lm ships no ty
                 keep.append(i)
         if len(keep) < len(self.uids):
             for i in sorted(set(range(len(self.uids))) - set(keep)):
-                self.leaving(self.tokens[i], partial(self.extract_cache, i))
+                self.leaving(self, i)
             self.filter(keep)
         return events
 
     @staticmethod
-    def leaving(tokens: list[int], extract: Callable[[], list[Any]]) -> None:
+    def leaving(batch: _DecodeBatch, row: int) -> None:
         """Called with each row that ended, before its cache is dropped; the batch's owner sets it."""
 
 
@@ -134,6 +134,19 @@ class _PromptBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx-lm ships
     logits_processors: list[Any]
     max_tokens: list[int]
     stop_sequences: list[Any]
+
+    def split(self, indices: list[int]) -> _PromptBatch:
+        """Take rows out; without a copy of their caches where no row stays."""
+        if len(indices) < len(self.uids):
+            return cast("_PromptBatch", super().split(indices))
+        taken = self.__class__.__new__(self.__class__)
+        taken.__dict__.update(self.__dict__)
+        self._forget_rows()
+        return taken
+
+    def _forget_rows(self) -> None:
+        self.uids, self.prompt_cache, self.tokens = [], [], []
+        self.samplers, self.logits_processors, self.max_tokens, self.stop_sequences = [], [], [], []
 
     def generate(self, tokens: list[list[int]]) -> _DecodeBatch:
         if any(len(row) > 1 for row in tokens):
@@ -150,8 +163,7 @@ class _PromptBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx-lm ships
             self.stop_sequences,
             self.max_tokens,
         )
-        self.uids, self.prompt_cache, self.tokens = [], [], []
-        self.samplers, self.logits_processors, self.max_tokens, self.stop_sequences = [], [], [], []
+        self._forget_rows()
         return batch
 
 
@@ -250,15 +262,24 @@ class Batch:
         generator = self._generator
         for batch in (generator._generation_batch, generator._prompt_batch):
             if uid in batch.uids:
-                row = batch.uids.index(uid)
-                self._keep(batch.tokens[row], partial(batch.extract_cache, row))
+                self._keep(batch, batch.uids.index(uid))
         generator.remove([uid])
         self._found.pop(uid, None)
 
-    def _keep(self, tokens: list[int], extract: Callable[[], list[Any]]) -> None:
-        """Keep a row's cache, whose tokens are given, for requests that begin alike."""
-        if self._prompt_cache is not None and self._prompt_cache.is_missing(tokens):
-            self._prompt_cache.store(tokens, extract())
+    def _keep(self, batch: _PromptBatch | _DecodeBatch, row: int) -> None:
+        """Keep a row's cache for requests that begin alike."""
+        tokens = batch.tokens[row]
+        if self._prompt_cache is None or not self._prompt_cache.is_missing(tokens):
+            return
+        caches = batch.prompt_cache
+        padding = caches[0].left_padding.tolist()[row]
+
+        def extract(start: int, end: int) -> list[mx.array]:
+            places = slice(padding + start, padding + end)
+            keys = [cache.keys[row, :, places] for cache in caches]
+            return keys + [cache.values[row, :, places] for cache in caches]
+
+        self._prompt_cache.store(tokens, extract)
 
     @property
     def prefilling(self) -> int:
@@ -299,8 +320,7 @@ class Batch:
         if response.end_of_prompt:
             del self._found[uid]
             batch = self._generator._generation_batch
-            row = batch.uids.index(uid)
-            self._keep(batch.tokens[row], partial(batch.extract_cache, row))
+            self._keep(batch, batch.uids.index(uid))
         return Prefilled(uid, processed + found, total + found)
 
     def close(self) -> None:

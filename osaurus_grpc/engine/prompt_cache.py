@@ -16,13 +16,31 @@ from osaurus_grpc.models.platform import mx  # isort: skip  # first: it loads th
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import BatchKVCache, KVCache
 
 BLOCK_TOKENS = 16
+
+
+class FoundCache(KVCache):  # type: ignore[misc]  # mlx-lm ships no types
+    """One layer's cache of a beginning that was found, with room for the tokens that follow.
+
+    Alone in a prompt batch, it becomes the batch's cache as it is: mlx-lm copies a cache to merge it
+    and again to lengthen it, and on a long conversation those copies are what a turn costs.
+    """
+
+    @classmethod
+    def merge(cls, caches: Sequence[KVCache]) -> BatchKVCache:
+        """The batch cache of these rows."""
+        if len(caches) > 1:
+            return BatchKVCache.merge(caches)
+        (only,) = caches
+        merged = BatchKVCache([0])
+        merged.state = only.keys, only.values, mx.array([only.offset]), merged.left_padding, only.offset
+        return merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +49,11 @@ class Prefix:
 
     Attributes:
         length: Its tokens.
-        caches: One KVCache a layer, to be merged into a batch (which copies them).
+        caches: One a layer, for a batch to take over.
     """
 
     length: int
-    caches: list[KVCache]
+    caches: list[FoundCache]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +98,27 @@ class PromptCache:
         return len(self._known(tokens)) * BLOCK_TOKENS
 
     def lookup(self, tokens: Sequence[int]) -> Prefix | None:
-        """The longest known beginning of a prompt, its last token left out: that one is always computed."""
+        """The longest known beginning of a prompt, its last token left out: that one is always computed.
+
+        The caches have room for the rest of the prompt and the first tokens of an answer.
+        """
         names = self._known(tokens)
         if not names:
             return None
         for name in reversed(names):
             self._blocks.move_to_end(name)
-        state = mx.concatenate([self._blocks[name].state for name in names], axis=2)
-        layers = state.shape[0] // 2
         length = len(names) * BLOCK_TOKENS
+        states = [self._blocks[name].state for name in names]
+        planes, heads, _, dim = states[0].shape
+        step = FoundCache.step
+        room = -(-(len(tokens) + 1) // step) * step - length
+        states.append(mx.zeros((planes, heads, room, dim), dtype=states[0].dtype))
+        # One array a layer, so that each can be written to in place.
+        arrays = [mx.contiguous(plane) for plane in mx.split(mx.concatenate(states, axis=2), planes)]
         caches = []
-        for layer in range(layers):
-            cache = KVCache()
-            cache.state = state[layer][None], state[layers + layer][None], length
+        for keys, values in zip(arrays[: planes // 2], arrays[planes // 2 :], strict=True):
+            cache = FoundCache()
+            cache.state = keys, values, length
             caches.append(cache)
         return Prefix(length, caches)
 
@@ -101,12 +127,13 @@ class PromptCache:
         names = list(_names(tokens))
         return bool(self._max_bytes and names and names[-1] not in self._blocks)
 
-    def store(self, tokens: Sequence[int], caches: Sequence[KVCache]) -> None:
+    def store(self, tokens: Sequence[int], extract: Callable[[int, int], list[mx.array]]) -> None:
         """Keep what is new of a sequence's cache.
 
         Args:
-            tokens: The tokens whose keys and values the caches hold, in order.
-            caches: One a layer, plain KV caches of offset len(tokens).
+            tokens: The tokens whose keys and values are in the cache, in order.
+            extract: Gives the keys of all layers and then their values for the tokens from the first
+                argument up to the second, each of shape (kv_heads, tokens, head_dim).
         """
         names = list(_names(tokens))
         known = 0
@@ -114,8 +141,7 @@ class PromptCache:
             known += 1
         start, end = known * BLOCK_TOKENS, len(names) * BLOCK_TOKENS
         if start < end:
-            states = [cache.keys[0, :, start:end] for cache in caches]
-            states += [cache.values[0, :, start:end] for cache in caches]
+            states = extract(start, end)
             # Copies: a slice would keep the whole tensor, and with it the batch it came from.
             added = [mx.contiguous(part) for part in mx.split(mx.stack(states), len(names) - known, axis=2)]
             mx.eval(added)
