@@ -145,6 +145,9 @@ def _refusal(error: ErrorDetails) -> Refusal:
             message = f"Missing required parameter: '{path}'."
         case "verbatim":
             message = error["msg"]
+        case "model_type" | "dict_type":
+            # pydantic's own words name a class of ours.
+            message = f"Invalid '{path}': input should be an object."
         case _:
             reason = error["msg"].removeprefix("Value error, ").rstrip(".")
             message = f"Invalid '{path}': {reason[:1].lower()}{reason[1:]}."

@@ -153,6 +153,13 @@ def test_the_path_of_what_is_wrong_is_named(value: object, path: str) -> None:
     assert param(Outer, value) == path
 
 
+@pytest.mark.parametrize("value", [1, "x", [], True])
+def test_what_should_be_an_object_is_called_that(value: object) -> None:
+    with pytest.raises(Refusal) as caught:
+        validate(Outer, {"items": [value]})
+    assert caught.value.message == "Invalid 'items[0]': input should be an object."
+
+
 def test_a_tag_of_a_union_is_not_part_of_a_path() -> None:
     assert json_path(("messages", 0, "content", 1, "~text", "text")) == "messages[0].content[1].text"
 
