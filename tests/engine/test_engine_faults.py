@@ -6,6 +6,7 @@ import asyncio
 import gc
 import weakref
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -105,3 +106,52 @@ async def test_a_call_after_the_end_is_refused(engine):
     async with asyncio.timeout(10):
         with pytest.raises(DrainingError):
             await engine.call(lambda: None)
+
+
+async def test_a_request_that_always_fails_is_tried_twice():
+    models: list[Faulty] = []
+
+    def wrap(model: Any) -> Faulty:
+        models.append(Faulty(model, lambda *_: True))
+        return models[0]
+
+    async with running_engine(wrap=wrap) as engine:
+        with pytest.raises(EngineError):
+            await answer(engine, request())
+    assert models[0]._calls == 2
+
+
+async def test_cancelling_a_suspect_and_the_one_on_trial_lets_the_others_go_on():
+    """Both leave between the failing step and the next one."""
+    failing = {12}
+    async with running_engine() as engine:
+        expected = await answer(engine, request(prompt=(5,), max_tokens=60))
+    async with running_engine(wrap=lambda m: Faulty(m, lambda call, _: call in failing)) as engine:
+        leavers = [engine.generate(request(prompt=(1, i), max_tokens=10_000)) for i in range(3)]
+        starts = [asyncio.create_task(anext(leaver)) for leaver in leavers]
+        staying = asyncio.create_task(answer(engine, request(prompt=(5,), max_tokens=60)))
+        await asyncio.gather(*starts)
+        engine_runner = await engine.call(lambda: engine._worker.runner("tiny"))
+        async with asyncio.timeout(30):
+            while not await engine.call(lambda: bool(engine_runner._suspects)):
+                pass
+            await asyncio.gather(*(leaver.aclose() for leaver in leavers))
+            assert await staying == expected
+            assert await engine.call(lambda: len(engine_runner.scheduler)) == 0
+
+
+async def test_log_probabilities_stay_with_their_rows(engine):
+    """Beside rows that ask for none, and when rows leave."""
+    asked = [
+        request(prompt=(10 + i, i), max_tokens=5 + 7 * i, top_logprobs=None if i % 2 else 3) for i in range(5)
+    ]
+    for one, events in zip(
+        asked, await asyncio.gather(*(collect(engine, one) for one in asked)), strict=True
+    ):
+        tokens = [t for event in events if isinstance(event, TokensGenerated) for t in event.tokens]
+        assert len(tokens) == one.max_tokens
+        for token in tokens:
+            if one.top_logprobs is None:
+                assert (token.logprob, token.top) == (None, ())
+            else:
+                assert (token.token_id, token.logprob) == (token.top[0].token_id, token.top[0].logprob)
