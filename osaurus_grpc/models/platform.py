@@ -131,7 +131,9 @@ def _has_cuda_backend() -> bool:
 
 def _choose_blas() -> Blas:
     """Load the best BLAS for MLX's CPU back end. Must run before MLX is imported."""
-    threads = int(os.environ.get("OSAURUS_BLAS_THREADS") or 0) or default_blas_threads()
+    # The settings refuse what is no number; here it only must not stop an import.
+    asked = os.environ.get("OSAURUS_BLAS_THREADS", "")
+    threads = (int(asked) if asked.isdecimal() else 0) or default_blas_threads()
     if sys.platform == "darwin":
         return Blas("Accelerate", threads, "MLX on macOS links it")
     if "mlx.core" in sys.modules:
