@@ -93,10 +93,13 @@ class ProgressDisplay:
 
 def main(arguments: Sequence[str]) -> int:
     """Fetch a model and print its id."""
+    from osaurus_grpc.models.sources import builtin
+
     parser = command_parser(
         "pull",
         "Fetch a model. Running it again after an interruption goes on where it stopped.",
-        epilog="The model's id is printed on standard output, all else on standard error.",
+        epilog="The model's id is printed on standard output, all else on standard error. "
+        f"Built-in names: {', '.join(builtin.names())}.",
     )
     parser.add_argument(
         "name",
@@ -185,5 +188,10 @@ def _suggestions(name: str, core: Settings) -> str:
         return ""
     installed = (entry.id for entry in catalog(core).entries())
     known = list(dict.fromkeys((*installed, *builtin.names())))
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    # People write a name's beginning: "smolm2" is near that of smollm2-135m-instruct.
+    beginnings = {known_name[: len(name) + 1]: known_name for known_name in reversed(known)}
+    wanted = name.lower()
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5) or [
+        beginnings[beginning] for beginning in difflib.get_close_matches(wanted, beginnings, n=3, cutoff=0.7)
+    ]
     return f" Did you mean {' or '.join(near)}?" if near else ""

@@ -132,10 +132,11 @@ def test_pull_of_an_installed_model_is_no_error(
     assert capsys.readouterr().out == "alpha\nalpha\n"
 
 
+@pytest.mark.parametrize("name", ["smollm-135m", "smolm2", "SmolLM"])
 def test_pull_of_a_wrong_name_suggests_a_right_one(
-    models_dir: Path, capsys: pytest.CaptureFixture[str]
+    models_dir: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    assert main(["pull", "smollm-135m"]) == 1
+    assert main(["pull", name]) == 1
     captured = capsys.readouterr()
     assert "Did you mean smollm2-135m-instruct" in captured.err
     assert captured.out == ""
@@ -161,3 +162,9 @@ def test_pull_into_a_directory_that_cannot_be_made_is_one_clear_error(
     told = capsys.readouterr().err
     assert told.startswith("osaurus: ")
     assert "this is a bug" not in told
+
+
+def test_help_lists_the_built_in_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["pull", "--help"])
+    assert "smollm2-135m-instruct" in capsys.readouterr().out
