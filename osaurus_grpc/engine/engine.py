@@ -8,7 +8,7 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from osaurus_grpc.engine.runner import Delivery
 from osaurus_grpc.engine.sequence import Sequence
@@ -22,6 +22,7 @@ from osaurus_grpc.engine.types import (
 from osaurus_grpc.engine.worker import Worker
 from osaurus_grpc.errors import (
     DrainingError,
+    EngineError,
     InvalidRequestError,
     ModelNotFoundError,
     OsaurusError,
@@ -105,6 +106,7 @@ class Engine:
         self._max_waiting = max_waiting_requests
         self._worker = Worker(
             self._deliver,
+            self._report_death,
             max_batch_size=max_batch_size,
             prefill_chunk_tokens=prefill_chunk_tokens,
             prompt_cache_bytes=prompt_cache_bytes,
@@ -116,6 +118,9 @@ class Engine:
         self._prompt_tokens = 0
         self._completion_tokens = 0
         self._is_stopping = False
+        self._died = asyncio.Event()
+        # Answers that callers of the MLX thread wait for.
+        self._calls: set[asyncio.Future[Any]] = set()
 
     async def start(self) -> None:
         """Start the MLX thread and wait for its self-test.
@@ -139,18 +144,23 @@ class Engine:
         if not await asyncio.to_thread(self._worker.stop, _STOP_SECONDS):
             logger.error("event=mlx_thread_stuck")
 
+    async def death(self) -> None:
+        """Wait until the MLX thread has died of an error. Nothing can be generated from then on."""
+        await self._died.wait()
+
     async def call(self, function: Callable[[], T]) -> T:
         """Run a function on the MLX thread between two steps; what it returns or raises comes back.
 
-        Raises DrainingError once the engine is stopping: the thread may have ended.
+        Raises DrainingError once the engine is stopping, and EngineError where the thread has died.
         """
         assert self._loop is not None
-        if self._is_stopping:
-            raise DrainingError
+        self._require_running()
         loop, result = self._loop, self._loop.create_future()
+        self._calls.add(result)
+        result.add_done_callback(self._calls.discard)
 
         def settle(value: T | None, error: BaseException | None) -> None:
-            if result.cancelled():
+            if result.done():
                 return
             if error is not None:
                 result.set_exception(error)
@@ -270,6 +280,27 @@ class Engine:
         if runner := self._worker.runner(sequence.request.model_id):
             runner.cancel(sequence)
 
+    def _require_running(self) -> None:
+        if self._died.is_set():
+            raise EngineError
+        if self._is_stopping:
+            raise DrainingError
+
+    def _report_death(self) -> None:
+        """On the MLX thread, its last act."""
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop may be closed at exit
+            self._loop.call_soon_threadsafe(self._die)
+
+    def _die(self) -> None:
+        """End everything that waits for the MLX thread."""
+        self._died.set()
+        for inbox in self._inboxes.values():
+            inbox.put(EngineError())
+        for result in list(self._calls):
+            if not result.done():
+                result.set_exception(EngineError())
+
     def _deliver(self, deliveries: list[Delivery]) -> None:
         """Hand a step's events to their readers: one call into the loop a step. On the MLX thread."""
         assert self._loop is not None
@@ -283,8 +314,7 @@ class Engine:
 
     def _check(self, request: GenerationRequest) -> _Attached:
         """Refuse what would fail, or kill the process, inside a step."""
-        if self._is_stopping:
-            raise DrainingError
+        self._require_running()
         attached = self._models.get(request.model_id)
         if attached is None:
             raise ModelNotFoundError(request.model_id)

@@ -30,15 +30,24 @@ class Worker:
 
     Args:
         deliver: Called on the thread with what a step gave; must return at once and not raise.
+        report_death: Called on the thread when it ends by an error that nothing recovers from, such as a
+            device that is gone for good.
         max_batch_size: Rows of a model's batch at most.
         prefill_chunk_tokens: Prompt tokens between two decode steps at most.
         prompt_cache_bytes: Of a model's kept beginnings; 0 keeps none.
     """
 
     def __init__(
-        self, deliver: Deliver, *, max_batch_size: int, prefill_chunk_tokens: int, prompt_cache_bytes: int
+        self,
+        deliver: Deliver,
+        report_death: Callable[[], None],
+        *,
+        max_batch_size: int,
+        prefill_chunk_tokens: int,
+        prompt_cache_bytes: int,
     ) -> None:
         self._deliver = deliver
+        self._report_death = report_death
         self._max_batch_size = max_batch_size
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self._prompt_cache_bytes = prompt_cache_bytes
@@ -109,13 +118,17 @@ class Worker:
         except RuntimeError:
             logger.exception("event=self_test_failed")
             raise
-        while not self._is_stopping:
-            self._run_posted(wait=not any(runner.is_busy for runner in self._runners.values()))
-            self._step()
-        for runner in self._runners.values():
-            runner.close()
-        self._runners.clear()
-        self.free()
+        try:
+            while not self._is_stopping:
+                self._run_posted(wait=not any(runner.is_busy for runner in self._runners.values()))
+                self._step()
+            for runner in self._runners.values():
+                runner.close()
+            self._runners.clear()
+            self.free()
+        except Exception:  # what is left of the device cannot be trusted: end, and say so
+            logger.critical("event=mlx_thread_died", exc_info=True)
+            self._report_death()
 
     def _step(self) -> None:
         """A step of every model that has something to do."""

@@ -21,7 +21,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from osaurus_grpc.engine.engine import Engine
-from osaurus_grpc.errors import OsaurusError
+from osaurus_grpc.errors import EngineError, OsaurusError
 from osaurus_grpc.models import platform
 from osaurus_grpc.models.catalog import Catalog
 from osaurus_grpc.models.ownership import ModelsDirInUseError, models_dir_lock
@@ -69,7 +69,7 @@ logger = logging.getLogger(__name__)
 
 
 class StartError(Exception):
-    """The core cannot start; the text is for the person who started it."""
+    """The core cannot start, or cannot go on; the text is for the person who started it."""
 
 
 def _address(host: str, port: int) -> str:
@@ -256,7 +256,8 @@ class Core:
     async def close(self) -> None:
         """Close the port, free the models, end the MLX thread."""
         await self._server.stop(_GOODBYE_SECONDS)
-        await self.residency.close()
+        with contextlib.suppress(EngineError):  # nothing can be freed on a dead MLX thread
+            await self.residency.close()
         await self.engine.stop()
         self._end_metrics()
 
@@ -287,7 +288,7 @@ async def serve(settings: Settings) -> None:
     """Run a core until SIGTERM or SIGINT, and end it in order.
 
     Raises:
-        StartError: It cannot start.
+        StartError: It cannot start, or its MLX thread died.
     """
     try:
         with models_dir_lock(settings.models_dir, is_shared=not settings.reject_shared_models_dir):
@@ -318,6 +319,12 @@ async def _serve(settings: Settings) -> None:
             preparing.cancel()
             with contextlib.suppress(asyncio.CancelledError, StartError):
                 await preparing
+        death = asyncio.create_task(core.engine.death())
+        await asyncio.wait((stopped, death), return_when=asyncio.FIRST_COMPLETED)
+        death.cancel()
+        if not stopped.done():
+            # Whoever supervises this process starts it anew; that is what is left to do.
+            raise StartError("the MLX thread died; the log has the reason")
         number = await stopped
         logger.info("event=stop_signal signal=%s", number.name)
         await core.drain(settings.drain_seconds)

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import weakref
 from dataclasses import replace
-from typing import Any
+from typing import Any, Never
 
 import pytest
 
@@ -155,3 +155,24 @@ async def test_log_probabilities_stay_with_their_rows(engine):
                 assert (token.logprob, token.top) == (None, ())
             else:
                 assert (token.token_id, token.logprob) == (token.top[0].token_id, token.top[0].logprob)
+
+
+async def test_a_dead_mlx_thread_ends_everything_that_waits_for_it(monkeypatch):
+    """The batch cannot even be rebuilt, as after a device that is gone for good."""
+
+    def gone(self: runner.Runner) -> Never:
+        raise RuntimeError("device gone")
+
+    async with running_engine() as engine:
+        running = asyncio.create_task(answer(engine, request(max_tokens=100_000)))
+        await until(lambda: engine.stats().running == 1)
+        monkeypatch.setattr(runner.Runner, "step", gone)
+        async with asyncio.timeout(60):
+            with pytest.raises(EngineError):
+                await running
+            await engine.death()
+            with pytest.raises(EngineError):
+                await answer(engine, request())
+            with pytest.raises(EngineError):
+                await engine.call(lambda: None)
+        assert engine.stats().running == 0
