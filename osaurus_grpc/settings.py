@@ -147,6 +147,12 @@ def add_arguments(target: configargparse.ArgumentParser) -> None:
         help="another name for a model; may be repeated")  # fmt: skip
     add("--preload-model", env_var="OSAURUS_PRELOAD_MODEL", default="", metavar="NAME",
         help="load this model before serving")  # fmt: skip
+    _add_limits(target, defaults)
+
+
+def _add_limits(target: configargparse.ArgumentParser, defaults: Settings) -> None:
+    """Declare how much the core takes on, and how it runs."""
+    add = target.add_argument
     add("--max-concurrent-requests", env_var="OSAURUS_MAX_CONCURRENT_REQUESTS", type=whole(0), metavar="N",
         default=defaults.max_concurrent_requests,
         help="requests a model takes at once, 0 for no limit (default %(default)s)")  # fmt: skip

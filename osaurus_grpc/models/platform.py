@@ -46,7 +46,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _SLOW_BLAS = (
-    "no fast BLAS was found: prompts are processed about 50 times and answers generated about 3 times "
+    "no fast BLAS was found: prompts are processed about 10 times and answers generated about 4 times "
     "slower than they could be; install the mkl package (x86-64) or a system OpenBLAS"
 )
 

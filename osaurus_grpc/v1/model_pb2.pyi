@@ -119,7 +119,9 @@ class Model(_message.Message):
     size_bytes: _builtins.int
     """Bytes on disk."""
     digest: _builtins.str
-    """sha256 over the model's files, 64 hexadecimal digits; changes when a weight does."""
+    """64 hexadecimal digits that stay the same while the model's files do: a sha256 over their names, sizes,
+    times of change and headers, and the content of small ones.
+    """
     architecture: _builtins.str
     """The model type of its config.json, for example "llama"."""
     parameter_count: _builtins.int
