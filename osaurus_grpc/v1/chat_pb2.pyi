@@ -443,6 +443,9 @@ class ChatRequest(_message.Message):
     REASONING_ENABLED_FIELD_NUMBER: _builtins.int
     KEEP_ALIVE_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    INCLUDE_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    MAX_REASONING_TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model: its id, its org/name, or "" for the server's default model."""
     parallel_tool_calls: _builtins.bool
@@ -459,6 +462,10 @@ class ChatRequest(_message.Message):
     """Turn reasoning on or off, for templates that can. Unset: the template's default."""
     max_context_tokens: _builtins.int
     """Use at most this much of the model's context, in tokens. Unset: all of it."""
+    include_token_ids: _builtins.bool
+    """Report the token ids of the prompt and of the answers. Default false."""
+    max_reasoning_tokens: _builtins.int
+    """Reasoning is ended after so many tokens, at least 1, and the answer begins. Unset: no limit."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
         """The conversation, oldest first; at least one message."""
@@ -485,6 +492,10 @@ class ChatRequest(_message.Message):
         once. Unset: the server's default.
         """
 
+    @_builtins.property
+    def context_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids that stand before the rendered conversation, such as those of an earlier answer."""
+
     def __init__(
         self,
         *,
@@ -502,15 +513,22 @@ class ChatRequest(_message.Message):
         reasoning_enabled: _builtins.bool | None = ...,
         keep_alive: _duration_pb2.Duration | None = ...,
         max_context_tokens: _builtins.int | None = ...,
+        context_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        include_token_ids: _builtins.bool | None = ...,
+        max_reasoning_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count", "_max_context_tokens", b"_max_context_tokens", "_parallel_tool_calls", b"_parallel_tool_calls", "_reasoning_enabled", b"_reasoning_enabled", "choice_count", b"choice_count", "keep_alive", b"keep_alive", "max_context_tokens", b"max_context_tokens", "parallel_tool_calls", b"parallel_tool_calls", "reasoning_enabled", b"reasoning_enabled", "response_format", b"response_format", "sampling", b"sampling", "tool_choice", b"tool_choice"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count", "_include_token_ids", b"_include_token_ids", "_max_context_tokens", b"_max_context_tokens", "_max_reasoning_tokens", b"_max_reasoning_tokens", "_parallel_tool_calls", b"_parallel_tool_calls", "_reasoning_enabled", b"_reasoning_enabled", "choice_count", b"choice_count", "include_token_ids", b"include_token_ids", "keep_alive", b"keep_alive", "max_context_tokens", b"max_context_tokens", "max_reasoning_tokens", b"max_reasoning_tokens", "parallel_tool_calls", b"parallel_tool_calls", "reasoning_enabled", b"reasoning_enabled", "response_format", b"response_format", "sampling", b"sampling", "tool_choice", b"tool_choice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count", "_max_context_tokens", b"_max_context_tokens", "_parallel_tool_calls", b"_parallel_tool_calls", "_reasoning_enabled", b"_reasoning_enabled", "chat_template_kwargs_json", b"chat_template_kwargs_json", "choice_count", b"choice_count", "keep_alive", b"keep_alive", "max_context_tokens", b"max_context_tokens", "messages", b"messages", "model", b"model", "parallel_tool_calls", b"parallel_tool_calls", "reasoning_effort", b"reasoning_effort", "reasoning_enabled", b"reasoning_enabled", "response_format", b"response_format", "sampling", b"sampling", "session_id", b"session_id", "tool_choice", b"tool_choice", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count", "_include_token_ids", b"_include_token_ids", "_max_context_tokens", b"_max_context_tokens", "_max_reasoning_tokens", b"_max_reasoning_tokens", "_parallel_tool_calls", b"_parallel_tool_calls", "_reasoning_enabled", b"_reasoning_enabled", "chat_template_kwargs_json", b"chat_template_kwargs_json", "choice_count", b"choice_count", "context_token_ids", b"context_token_ids", "include_token_ids", b"include_token_ids", "keep_alive", b"keep_alive", "max_context_tokens", b"max_context_tokens", "max_reasoning_tokens", b"max_reasoning_tokens", "messages", b"messages", "model", b"model", "parallel_tool_calls", b"parallel_tool_calls", "reasoning_effort", b"reasoning_effort", "reasoning_enabled", b"reasoning_enabled", "response_format", b"response_format", "sampling", b"sampling", "session_id", b"session_id", "tool_choice", b"tool_choice", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__choice_count: _TypeAlias = _typing.Literal["choice_count"]  # noqa: Y015
     _WhichOneofArgType__choice_count: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count"]  # noqa: Y015
+    _WhichOneofReturnType__include_token_ids: _TypeAlias = _typing.Literal["include_token_ids"]  # noqa: Y015
+    _WhichOneofArgType__include_token_ids: _TypeAlias = _typing.Literal["_include_token_ids", b"_include_token_ids"]  # noqa: Y015
     _WhichOneofReturnType__max_context_tokens: _TypeAlias = _typing.Literal["max_context_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_context_tokens: _TypeAlias = _typing.Literal["_max_context_tokens", b"_max_context_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__max_reasoning_tokens: _TypeAlias = _typing.Literal["max_reasoning_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_reasoning_tokens: _TypeAlias = _typing.Literal["_max_reasoning_tokens", b"_max_reasoning_tokens"]  # noqa: Y015
     _WhichOneofReturnType__parallel_tool_calls: _TypeAlias = _typing.Literal["parallel_tool_calls"]  # noqa: Y015
     _WhichOneofArgType__parallel_tool_calls: _TypeAlias = _typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls"]  # noqa: Y015
     _WhichOneofReturnType__reasoning_enabled: _TypeAlias = _typing.Literal["reasoning_enabled"]  # noqa: Y015
@@ -518,7 +536,11 @@ class ChatRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__choice_count) -> _WhichOneofReturnType__choice_count | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__include_token_ids) -> _WhichOneofReturnType__include_token_ids | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_context_tokens) -> _WhichOneofReturnType__max_context_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_reasoning_tokens) -> _WhichOneofReturnType__max_reasoning_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__parallel_tool_calls) -> _WhichOneofReturnType__parallel_tool_calls | None: ...
     @_typing.overload
@@ -561,6 +583,7 @@ class ChatChoice(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     STOP_SEQUENCE_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """0-based."""
     finish_reason: _sampling_pb2.FinishReason.ValueType
@@ -575,6 +598,10 @@ class ChatChoice(_message.Message):
     def logprobs(self) -> Global___Logprobs:
         """Set where the request asked for it."""
 
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """All tokens that were generated, for include_token_ids."""
+
     def __init__(
         self,
         *,
@@ -583,10 +610,11 @@ class ChatChoice(_message.Message):
         finish_reason: _sampling_pb2.FinishReason.ValueType = ...,
         logprobs: Global___Logprobs | None = ...,
         stop_sequence: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "message", b"message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "message", b"message", "stop_sequence", b"stop_sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "message", b"message", "stop_sequence", b"stop_sequence", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -604,6 +632,7 @@ class ChatResponse(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     SYSTEM_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique id of the response, "chatcmpl-" and 24 or more letters and digits."""
     model: _builtins.str
@@ -622,6 +651,10 @@ class ChatResponse(_message.Message):
     def timings(self) -> _usage_pb2.Timings:
         """Where the time went."""
 
+    @_builtins.property
+    def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The whole prompt as the model saw it, for include_token_ids."""
+
     def __init__(
         self,
         *,
@@ -631,10 +664,11 @@ class ChatResponse(_message.Message):
         usage: _usage_pb2.Usage | None = ...,
         timings: _usage_pb2.Timings | None = ...,
         system_fingerprint: _builtins.str = ...,
+        prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "id", b"id", "model", b"model", "system_fingerprint", b"system_fingerprint", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "id", b"id", "model", b"model", "prompt_token_ids", b"prompt_token_ids", "system_fingerprint", b"system_fingerprint", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -705,6 +739,7 @@ class ChatStarted(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     SYSTEM_FINGERPRINT_FIELD_NUMBER: _builtins.int
     LOAD_DURATION_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """As ChatResponse.id."""
     model: _builtins.str
@@ -717,6 +752,10 @@ class ChatStarted(_message.Message):
     def load_duration(self) -> _duration_pb2.Duration:
         """Time spent loading the model for this request; unset where it was loaded."""
 
+    @_builtins.property
+    def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As ChatResponse.prompt_token_ids."""
+
     def __init__(
         self,
         *,
@@ -725,10 +764,11 @@ class ChatStarted(_message.Message):
         prompt_tokens: _builtins.int = ...,
         system_fingerprint: _builtins.str = ...,
         load_duration: _duration_pb2.Duration | None = ...,
+        prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load_duration", b"load_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "load_duration", b"load_duration", "model", b"model", "prompt_tokens", b"prompt_tokens", "system_fingerprint", b"system_fingerprint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "load_duration", b"load_duration", "model", b"model", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "system_fingerprint", b"system_fingerprint"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -877,22 +917,28 @@ class ChoiceFinished(_message.Message):
     CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     STOP_SEQUENCE_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
     choice_index: _builtins.int
     """Which answer; 0-based."""
     finish_reason: _sampling_pb2.FinishReason.ValueType
     """Why."""
     stop_sequence: _builtins.str
     """The stop text that ended it, for FINISH_REASON_STOP_SEQUENCE."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As ChatChoice.token_ids."""
+
     def __init__(
         self,
         *,
         choice_index: _builtins.int = ...,
         finish_reason: _sampling_pb2.FinishReason.ValueType = ...,
         stop_sequence: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "finish_reason", b"finish_reason", "stop_sequence", b"stop_sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "finish_reason", b"finish_reason", "stop_sequence", b"stop_sequence", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,7 +28,7 @@ from osaurus_grpc.v1 import sampling_pb2 as osaurus_dot_v1_dot_sampling__pb2
 from osaurus_grpc.v1 import usage_pb2 as osaurus_dot_v1_dot_usage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bosaurus/v1/completion.proto\x12\nosaurus.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15osaurus/v1/chat.proto\x1a\x19osaurus/v1/sampling.proto\x1a\x16osaurus/v1/usage.proto\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\xdf\x02\n\x0f\x43ompleteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x17.osaurus.v1.TokenPromptH\x00\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.osaurus.v1.SamplingParams\x12\x13\n\x06suffix\x18\x05 \x01(\tH\x01\x88\x01\x01\x12\x11\n\x04\x65\x63ho\x18\x06 \x01(\x08H\x02\x88\x01\x01\x12\x19\n\x0c\x63hoice_count\x18\x07 \x01(\x05H\x03\x88\x01\x01\x12\x33\n\x0fresponse_format\x18\x08 \x01(\x0b\x32\x1a.osaurus.v1.ResponseFormat\x12-\n\nkeep_alive\x18\t \x01(\x0b\x32\x19.google.protobuf.DurationB\x08\n\x06promptB\t\n\x07_suffixB\x07\n\x05_echoB\x0f\n\r_choice_count\"\x9f\x01\n\x10\x43ompletionChoice\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.osaurus.v1.FinishReason\x12&\n\x08logprobs\x18\x04 \x01(\x0b\x32\x14.osaurus.v1.Logprobs\x12\x15\n\rstop_sequence\x18\x05 \x01(\t\"\xa4\x01\n\x10\x43ompleteResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12-\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x1c.osaurus.v1.CompletionChoice\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.osaurus.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.osaurus.v1.Timings\"t\n\x15\x43ompleteStreamRequest\x12/\n\ncompletion\x18\x01 \x01(\x0b\x32\x1b.osaurus.v1.CompleteRequest\x12*\n\x07options\x18\x02 \x01(\x0b\x32\x19.osaurus.v1.StreamOptions\"\x98\x02\n\x16\x43ompleteStreamResponse\x12+\n\x07\x63ontent\x18\x01 \x01(\x0b\x32\x18.osaurus.v1.ContentDeltaH\x00\x12*\n\x07started\x18\x04 \x01(\x0b\x32\x17.osaurus.v1.ChatStartedH\x00\x12\x35\n\x0fprompt_progress\x18\x05 \x01(\x0b\x32\x1a.osaurus.v1.PromptProgressH\x00\x12\x35\n\x0f\x63hoice_finished\x18\x06 \x01(\x0b\x32\x1a.osaurus.v1.ChoiceFinishedH\x00\x12.\n\tcompleted\x18\x07 \x01(\x0b\x32\x19.osaurus.v1.ChatCompletedH\x00\x42\x07\n\x05\x65ventb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bosaurus/v1/completion.proto\x12\nosaurus.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15osaurus/v1/chat.proto\x1a\x19osaurus/v1/sampling.proto\x1a\x16osaurus/v1/usage.proto\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\xcd\x03\n\x0f\x43ompleteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x17.osaurus.v1.TokenPromptH\x00\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.osaurus.v1.SamplingParams\x12\x13\n\x06suffix\x18\x05 \x01(\tH\x01\x88\x01\x01\x12\x11\n\x04\x65\x63ho\x18\x06 \x01(\x08H\x02\x88\x01\x01\x12\x19\n\x0c\x63hoice_count\x18\x07 \x01(\x05H\x03\x88\x01\x01\x12\x33\n\x0fresponse_format\x18\x08 \x01(\x0b\x32\x1a.osaurus.v1.ResponseFormat\x12-\n\nkeep_alive\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1f\n\x12max_context_tokens\x18\n \x01(\x05H\x04\x88\x01\x01\x12\x1e\n\x11include_token_ids\x18\x0b \x01(\x08H\x05\x88\x01\x01\x42\x08\n\x06promptB\t\n\x07_suffixB\x07\n\x05_echoB\x0f\n\r_choice_countB\x15\n\x13_max_context_tokensB\x14\n\x12_include_token_ids\"\xb2\x01\n\x10\x43ompletionChoice\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.osaurus.v1.FinishReason\x12&\n\x08logprobs\x18\x04 \x01(\x0b\x32\x14.osaurus.v1.Logprobs\x12\x15\n\rstop_sequence\x18\x05 \x01(\t\x12\x11\n\ttoken_ids\x18\x06 \x03(\x05\"\xda\x01\n\x10\x43ompleteResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12-\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x1c.osaurus.v1.CompletionChoice\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.osaurus.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.osaurus.v1.Timings\x12\x1a\n\x12system_fingerprint\x18\x06 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x07 \x03(\x05\"t\n\x15\x43ompleteStreamRequest\x12/\n\ncompletion\x18\x01 \x01(\x0b\x32\x1b.osaurus.v1.CompleteRequest\x12*\n\x07options\x18\x02 \x01(\x0b\x32\x19.osaurus.v1.StreamOptions\"\x98\x02\n\x16\x43ompleteStreamResponse\x12+\n\x07\x63ontent\x18\x01 \x01(\x0b\x32\x18.osaurus.v1.ContentDeltaH\x00\x12*\n\x07started\x18\x04 \x01(\x0b\x32\x17.osaurus.v1.ChatStartedH\x00\x12\x35\n\x0fprompt_progress\x18\x05 \x01(\x0b\x32\x1a.osaurus.v1.PromptProgressH\x00\x12\x35\n\x0f\x63hoice_finished\x18\x06 \x01(\x0b\x32\x1a.osaurus.v1.ChoiceFinishedH\x00\x12.\n\tcompleted\x18\x07 \x01(\x0b\x32\x19.osaurus.v1.ChatCompletedH\x00\x42\x07\n\x05\x65ventb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,13 +38,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENPROMPT']._serialized_start=149
   _globals['_TOKENPROMPT']._serialized_end=181
   _globals['_COMPLETEREQUEST']._serialized_start=184
-  _globals['_COMPLETEREQUEST']._serialized_end=535
-  _globals['_COMPLETIONCHOICE']._serialized_start=538
-  _globals['_COMPLETIONCHOICE']._serialized_end=697
-  _globals['_COMPLETERESPONSE']._serialized_start=700
-  _globals['_COMPLETERESPONSE']._serialized_end=864
-  _globals['_COMPLETESTREAMREQUEST']._serialized_start=866
-  _globals['_COMPLETESTREAMREQUEST']._serialized_end=982
-  _globals['_COMPLETESTREAMRESPONSE']._serialized_start=985
-  _globals['_COMPLETESTREAMRESPONSE']._serialized_end=1265
+  _globals['_COMPLETEREQUEST']._serialized_end=645
+  _globals['_COMPLETIONCHOICE']._serialized_start=648
+  _globals['_COMPLETIONCHOICE']._serialized_end=826
+  _globals['_COMPLETERESPONSE']._serialized_start=829
+  _globals['_COMPLETERESPONSE']._serialized_end=1047
+  _globals['_COMPLETESTREAMREQUEST']._serialized_start=1049
+  _globals['_COMPLETESTREAMREQUEST']._serialized_end=1165
+  _globals['_COMPLETESTREAMRESPONSE']._serialized_start=1168
+  _globals['_COMPLETESTREAMRESPONSE']._serialized_end=1448
 # @@protoc_insertion_point(module_scope)

@@ -61,6 +61,8 @@ class CompleteRequest(_message.Message):
     CHOICE_COUNT_FIELD_NUMBER: _builtins.int
     RESPONSE_FORMAT_FIELD_NUMBER: _builtins.int
     KEEP_ALIVE_FIELD_NUMBER: _builtins.int
+    MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    INCLUDE_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model: its id, its org/name, or "" for the server's default model."""
     text: _builtins.str
@@ -71,6 +73,10 @@ class CompleteRequest(_message.Message):
     """Repeat the prompt before the answer. Default false."""
     choice_count: _builtins.int
     """Answers wanted, 1 to 16. Default 1."""
+    max_context_tokens: _builtins.int
+    """As ChatRequest.max_context_tokens."""
+    include_token_ids: _builtins.bool
+    """As ChatRequest.include_token_ids."""
     @_builtins.property
     def tokens(self) -> Global___TokenPrompt:
         """Token ids."""
@@ -99,15 +105,21 @@ class CompleteRequest(_message.Message):
         choice_count: _builtins.int | None = ...,
         response_format: _chat_pb2.ResponseFormat | None = ...,
         keep_alive: _duration_pb2.Duration | None = ...,
+        max_context_tokens: _builtins.int | None = ...,
+        include_token_ids: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count", "_echo", b"_echo", "_suffix", b"_suffix", "choice_count", b"choice_count", "echo", b"echo", "keep_alive", b"keep_alive", "prompt", b"prompt", "response_format", b"response_format", "sampling", b"sampling", "suffix", b"suffix", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count", "_echo", b"_echo", "_include_token_ids", b"_include_token_ids", "_max_context_tokens", b"_max_context_tokens", "_suffix", b"_suffix", "choice_count", b"choice_count", "echo", b"echo", "include_token_ids", b"include_token_ids", "keep_alive", b"keep_alive", "max_context_tokens", b"max_context_tokens", "prompt", b"prompt", "response_format", b"response_format", "sampling", b"sampling", "suffix", b"suffix", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count", "_echo", b"_echo", "_suffix", b"_suffix", "choice_count", b"choice_count", "echo", b"echo", "keep_alive", b"keep_alive", "model", b"model", "prompt", b"prompt", "response_format", b"response_format", "sampling", b"sampling", "suffix", b"suffix", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count", "_echo", b"_echo", "_include_token_ids", b"_include_token_ids", "_max_context_tokens", b"_max_context_tokens", "_suffix", b"_suffix", "choice_count", b"choice_count", "echo", b"echo", "include_token_ids", b"include_token_ids", "keep_alive", b"keep_alive", "max_context_tokens", b"max_context_tokens", "model", b"model", "prompt", b"prompt", "response_format", b"response_format", "sampling", b"sampling", "suffix", b"suffix", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__choice_count: _TypeAlias = _typing.Literal["choice_count"]  # noqa: Y015
     _WhichOneofArgType__choice_count: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count"]  # noqa: Y015
     _WhichOneofReturnType__echo: _TypeAlias = _typing.Literal["echo"]  # noqa: Y015
     _WhichOneofArgType__echo: _TypeAlias = _typing.Literal["_echo", b"_echo"]  # noqa: Y015
+    _WhichOneofReturnType__include_token_ids: _TypeAlias = _typing.Literal["include_token_ids"]  # noqa: Y015
+    _WhichOneofArgType__include_token_ids: _TypeAlias = _typing.Literal["_include_token_ids", b"_include_token_ids"]  # noqa: Y015
+    _WhichOneofReturnType__max_context_tokens: _TypeAlias = _typing.Literal["max_context_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_context_tokens: _TypeAlias = _typing.Literal["_max_context_tokens", b"_max_context_tokens"]  # noqa: Y015
     _WhichOneofReturnType__suffix: _TypeAlias = _typing.Literal["suffix"]  # noqa: Y015
     _WhichOneofArgType__suffix: _TypeAlias = _typing.Literal["_suffix", b"_suffix"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "tokens"]  # noqa: Y015
@@ -116,6 +128,10 @@ class CompleteRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__choice_count) -> _WhichOneofReturnType__choice_count | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__echo) -> _WhichOneofReturnType__echo | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__include_token_ids) -> _WhichOneofReturnType__include_token_ids | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_context_tokens) -> _WhichOneofReturnType__max_context_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__suffix) -> _WhichOneofReturnType__suffix | None: ...
     @_typing.overload
@@ -134,6 +150,7 @@ class CompletionChoice(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     STOP_SEQUENCE_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """0-based."""
     text: _builtins.str
@@ -146,6 +163,10 @@ class CompletionChoice(_message.Message):
     def logprobs(self) -> _chat_pb2.Logprobs:
         """Set where the request asked for it."""
 
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As ChatChoice.token_ids."""
+
     def __init__(
         self,
         *,
@@ -154,10 +175,11 @@ class CompletionChoice(_message.Message):
         finish_reason: _sampling_pb2.FinishReason.ValueType = ...,
         logprobs: _chat_pb2.Logprobs | None = ...,
         stop_sequence: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "stop_sequence", b"stop_sequence", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "stop_sequence", b"stop_sequence", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -174,10 +196,14 @@ class CompleteResponse(_message.Message):
     CHOICES_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    SYSTEM_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique id of the response."""
     model: _builtins.str
     """The id of the model that answered, as ListModels shows it."""
+    system_fingerprint: _builtins.str
+    """As ChatResponse.system_fingerprint."""
     @_builtins.property
     def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___CompletionChoice]:
         """choice_count answers."""
@@ -190,6 +216,10 @@ class CompleteResponse(_message.Message):
     def timings(self) -> _usage_pb2.Timings:
         """Where the time went."""
 
+    @_builtins.property
+    def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As ChatResponse.prompt_token_ids."""
+
     def __init__(
         self,
         *,
@@ -198,10 +228,12 @@ class CompleteResponse(_message.Message):
         choices: _abc.Iterable[Global___CompletionChoice] | None = ...,
         usage: _usage_pb2.Usage | None = ...,
         timings: _usage_pb2.Timings | None = ...,
+        system_fingerprint: _builtins.str = ...,
+        prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "id", b"id", "model", b"model", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "id", b"id", "model", b"model", "prompt_token_ids", b"prompt_token_ids", "system_fingerprint", b"system_fingerprint", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -23,20 +23,21 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from osaurus_grpc.v1 import completion_pb2 as osaurus_dot_v1_dot_completion__pb2
 from osaurus_grpc.v1 import usage_pb2 as osaurus_dot_v1_dot_usage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aosaurus/v1/embedding.proto\x12\nosaurus.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16osaurus/v1/usage.proto\"\xa8\x01\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06inputs\x18\x02 \x03(\t\x12\x17\n\ndimensions\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\x08truncate\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12-\n\nkeep_alive\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\n\x0b_dimensionsB\x0b\n\t_truncate\"*\n\tEmbedding\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0e\n\x06values\x18\x02 \x03(\x02\"\x91\x01\n\rEmbedResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\nembeddings\x18\x02 \x03(\x0b\x32\x15.osaurus.v1.Embedding\x12 \n\x05usage\x18\x03 \x01(\x0b\x32\x11.osaurus.v1.Usage\x12$\n\x07timings\x18\x04 \x01(\x0b\x32\x13.osaurus.v1.Timingsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aosaurus/v1/embedding.proto\x12\nosaurus.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bosaurus/v1/completion.proto\x1a\x16osaurus/v1/usage.proto\"\xfd\x01\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06inputs\x18\x02 \x03(\t\x12\x17\n\ndimensions\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\x08truncate\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12-\n\nkeep_alive\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\x0ctoken_inputs\x18\x06 \x03(\x0b\x32\x17.osaurus.v1.TokenPrompt\x12\x16\n\tnormalize\x18\x07 \x01(\x08H\x02\x88\x01\x01\x42\r\n\x0b_dimensionsB\x0b\n\t_truncateB\x0c\n\n_normalize\"*\n\tEmbedding\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0e\n\x06values\x18\x02 \x03(\x02\"\x91\x01\n\rEmbedResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\nembeddings\x18\x02 \x03(\x0b\x32\x15.osaurus.v1.Embedding\x12 \n\x05usage\x18\x03 \x01(\x0b\x32\x11.osaurus.v1.Usage\x12$\n\x07timings\x18\x04 \x01(\x0b\x32\x13.osaurus.v1.Timingsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'osaurus.v1.embedding_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EMBEDREQUEST']._serialized_start=99
-  _globals['_EMBEDREQUEST']._serialized_end=267
-  _globals['_EMBEDDING']._serialized_start=269
-  _globals['_EMBEDDING']._serialized_end=311
-  _globals['_EMBEDRESPONSE']._serialized_start=314
-  _globals['_EMBEDRESPONSE']._serialized_end=459
+  _globals['_EMBEDREQUEST']._serialized_start=128
+  _globals['_EMBEDREQUEST']._serialized_end=381
+  _globals['_EMBEDDING']._serialized_start=383
+  _globals['_EMBEDDING']._serialized_end=425
+  _globals['_EMBEDRESPONSE']._serialized_start=428
+  _globals['_EMBEDRESPONSE']._serialized_end=573
 # @@protoc_insertion_point(module_scope)

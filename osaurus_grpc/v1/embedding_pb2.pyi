@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from osaurus_grpc.v1 import completion_pb2 as _completion_pb2
 from osaurus_grpc.v1 import usage_pb2 as _usage_pb2
 import builtins as _builtins
 import sys
@@ -31,19 +32,27 @@ class EmbedRequest(_message.Message):
     DIMENSIONS_FIELD_NUMBER: _builtins.int
     TRUNCATE_FIELD_NUMBER: _builtins.int
     KEEP_ALIVE_FIELD_NUMBER: _builtins.int
+    TOKEN_INPUTS_FIELD_NUMBER: _builtins.int
+    NORMALIZE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model: its id or its org/name."""
     dimensions: _builtins.int
     """Cut the vectors to this many dimensions and renormalise. Unset: the model's own size."""
     truncate: _builtins.bool
     """Cut an input that is too long instead of refusing it. Default false."""
+    normalize: _builtins.bool
+    """Scale every vector to length 1. Default true."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts to embed, 1 to 2,048, none empty."""
+        """Texts to embed, none empty; 1 to 2,048 together with token_inputs, of which only one may be set."""
 
     @_builtins.property
     def keep_alive(self) -> _duration_pb2.Duration:
         """As ChatRequest.keep_alive."""
+
+    @_builtins.property
+    def token_inputs(self) -> _containers.RepeatedCompositeFieldContainer[_completion_pb2.TokenPrompt]:
+        """Inputs as token ids instead of texts."""
 
     def __init__(
         self,
@@ -53,17 +62,23 @@ class EmbedRequest(_message.Message):
         dimensions: _builtins.int | None = ...,
         truncate: _builtins.bool | None = ...,
         keep_alive: _duration_pb2.Duration | None = ...,
+        token_inputs: _abc.Iterable[_completion_pb2.TokenPrompt] | None = ...,
+        normalize: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions", "_truncate", b"_truncate", "dimensions", b"dimensions", "keep_alive", b"keep_alive", "truncate", b"truncate"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions", "_normalize", b"_normalize", "_truncate", b"_truncate", "dimensions", b"dimensions", "keep_alive", b"keep_alive", "normalize", b"normalize", "truncate", b"truncate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions", "_truncate", b"_truncate", "dimensions", b"dimensions", "inputs", b"inputs", "keep_alive", b"keep_alive", "model", b"model", "truncate", b"truncate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions", "_normalize", b"_normalize", "_truncate", b"_truncate", "dimensions", b"dimensions", "inputs", b"inputs", "keep_alive", b"keep_alive", "model", b"model", "normalize", b"normalize", "token_inputs", b"token_inputs", "truncate", b"truncate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dimensions: _TypeAlias = _typing.Literal["dimensions"]  # noqa: Y015
     _WhichOneofArgType__dimensions: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions"]  # noqa: Y015
+    _WhichOneofReturnType__normalize: _TypeAlias = _typing.Literal["normalize"]  # noqa: Y015
+    _WhichOneofArgType__normalize: _TypeAlias = _typing.Literal["_normalize", b"_normalize"]  # noqa: Y015
     _WhichOneofReturnType__truncate: _TypeAlias = _typing.Literal["truncate"]  # noqa: Y015
     _WhichOneofArgType__truncate: _TypeAlias = _typing.Literal["_truncate", b"_truncate"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dimensions) -> _WhichOneofReturnType__dimensions | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__normalize) -> _WhichOneofReturnType__normalize | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__truncate) -> _WhichOneofReturnType__truncate | None: ...
 
@@ -81,7 +96,7 @@ class Embedding(_message.Message):
     """0-based index of the input it belongs to."""
     @_builtins.property
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """float32 values, L2-normalised."""
+        """float32 values, L2-normalised unless the request said otherwise."""
 
     def __init__(
         self,

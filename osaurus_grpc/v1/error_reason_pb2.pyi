@@ -70,6 +70,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """ABORTED. Another operation holds the model (it is being fetched, or is in use)."""
     ERROR_REASON_MODEL_EXISTS: _ErrorReason.ValueType  # 18
     """ALREADY_EXISTS. A model of that name is installed."""
+    ERROR_REASON_RECORD_NOT_FOUND: _ErrorReason.ValueType  # 19
+    """NOT_FOUND. There is no record of that id, or no longer. Accompanied by google.rpc.ResourceInfo."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed. Every non-OK status of this API carries a google.rpc.ErrorInfo in its
@@ -126,4 +128,6 @@ ERROR_REASON_MODEL_BUSY: ErrorReason.ValueType  # 17
 """ABORTED. Another operation holds the model (it is being fetched, or is in use)."""
 ERROR_REASON_MODEL_EXISTS: ErrorReason.ValueType  # 18
 """ALREADY_EXISTS. A model of that name is installed."""
+ERROR_REASON_RECORD_NOT_FOUND: ErrorReason.ValueType  # 19
+"""NOT_FOUND. There is no record of that id, or no longer. Accompanied by google.rpc.ResourceInfo."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -110,6 +110,7 @@ class Model(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     IS_DEFAULT_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique among the installed models: the folder's name in lower case with hyphens for spaces."""
     repo_id: _builtins.str
@@ -140,6 +141,8 @@ class Model(_message.Message):
     """The model's chat template (Jinja), only in answers of GetModel."""
     is_default: _builtins.bool
     """True for the model that an empty model name means."""
+    device: _builtins.str
+    """What holds a loaded model's weights: "cpu" or "gpu". Empty where it is not loaded."""
     @_builtins.property
     def modify_time(self) -> _timestamp_pb2.Timestamp:
         """When its files last changed."""
@@ -171,10 +174,11 @@ class Model(_message.Message):
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         chat_template: _builtins.str = ...,
         is_default: _builtins.bool = ...,
+        device: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "modify_time", b"modify_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "capabilities", b"capabilities", "chat_template", b"chat_template", "context_length", b"context_length", "digest", b"digest", "embedding_length", b"embedding_length", "expire_time", b"expire_time", "id", b"id", "is_default", b"is_default", "modify_time", b"modify_time", "parameter_count", b"parameter_count", "quantization", b"quantization", "repo_id", b"repo_id", "resident_bytes", b"resident_bytes", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "capabilities", b"capabilities", "chat_template", b"chat_template", "context_length", b"context_length", "device", b"device", "digest", b"digest", "embedding_length", b"embedding_length", "expire_time", b"expire_time", "id", b"id", "is_default", b"is_default", "modify_time", b"modify_time", "parameter_count", b"parameter_count", "quantization", b"quantization", "repo_id", b"repo_id", "resident_bytes", b"resident_bytes", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
