@@ -29,7 +29,7 @@ from rest_shim.metrics import HttpMetrics
 from rest_shim.ollama.routes import OllamaRoutes
 from rest_shim.openai.routes import OpenAIRoutes
 from rest_shim.origins import check_host, cors_headers, preflight
-from rest_shim.routing import Dialect, Handler, RouteTable
+from rest_shim.routing import SPOKEN, Dialect, Handler, RouteTable
 from rest_shim.settings import Settings, is_loopback
 from rest_shim.status import StatusRoutes
 from rest_shim.wire import json_response
@@ -137,7 +137,7 @@ class RestShim:
             return self._error(request, internal_refusal())
 
     def _error(self, request: web.Request, refusal: Refusal) -> web.Response:
-        dialect = self._table.dialect(request.path)
+        dialect = request.get(SPOKEN) or self._table.dialect(request.path)
         content_type = "application/json"
         match dialect:
             case Dialect.OLLAMA:

@@ -20,11 +20,15 @@ from grpc_status import rpc_status  # type: ignore[import-untyped]  # ships no t
 
 from osaurus_grpc.v1 import (
     chat_pb2,
+    completion_pb2,
+    embedding_pb2,
     inference_service_pb2,
     inference_service_pb2_grpc,
     model_pb2,
     model_service_pb2,
     model_service_pb2_grpc,
+    record_service_pb2,
+    record_service_pb2_grpc,
 )
 from rest_shim.errors import CoreError
 
@@ -101,6 +105,7 @@ class Backend:
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._inference = inference_service_pb2_grpc.InferenceServiceStub(self._channel)
         self._models = model_service_pb2_grpc.ModelServiceStub(self._channel)
+        self._records = record_service_pb2_grpc.RecordServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
     async def close(self) -> None:
@@ -116,13 +121,57 @@ class Backend:
         self, request: chat_pb2.ChatStreamRequest, caller: Caller
     ) -> AsyncIterator[AsyncIterable[chat_pb2.ChatStreamResponse]]:
         """Answer a conversation as it is generated; leaving the context ends the generation."""
-        call = self._inference.ChatStream(request, timeout=self._timeout, metadata=caller.metadata())
-        try:
-            yield call
-        except grpc.aio.AioRpcError as error:
-            raise _core_error(error) from error
-        finally:
-            call.cancel()
+        async with _stream(
+            self._inference.ChatStream(request, timeout=self._timeout, metadata=caller.metadata())
+        ) as events:
+            yield events
+
+    async def complete(
+        self, request: completion_pb2.CompleteRequest, caller: Caller
+    ) -> completion_pb2.CompleteResponse:
+        """Continue a text in one message."""
+        return await _answer(
+            self._inference.Complete(request, timeout=self._timeout, metadata=caller.metadata())
+        )
+
+    @asynccontextmanager
+    async def complete_stream(
+        self, request: completion_pb2.CompleteStreamRequest, caller: Caller
+    ) -> AsyncIterator[AsyncIterable[completion_pb2.CompleteStreamResponse]]:
+        """Continue a text as it is generated; leaving the context ends the generation."""
+        async with _stream(
+            self._inference.CompleteStream(request, timeout=self._timeout, metadata=caller.metadata())
+        ) as events:
+            yield events
+
+    async def embed(self, request: embedding_pb2.EmbedRequest, caller: Caller) -> embedding_pb2.EmbedResponse:
+        """Vectors of texts."""
+        return await _answer(
+            self._inference.Embed(request, timeout=self._timeout, metadata=caller.metadata())
+        )
+
+    async def put_record(self, collection: str, record_id: str, content: bytes, caller: Caller) -> None:
+        """Keep a record in the core for the time that is its default."""
+        record = record_service_pb2.Record(id=record_id, content=content)
+        request = record_service_pb2.PutRecordRequest(collection=collection, record=record)
+        await _answer(
+            self._records.PutRecord(request, timeout=self._lookup_timeout, metadata=caller.metadata())
+        )
+
+    async def get_record(self, collection: str, record_id: str, caller: Caller) -> bytes:
+        """The content of a record."""
+        request = record_service_pb2.GetRecordRequest(collection=collection, id=record_id)
+        response = await _answer(
+            self._records.GetRecord(request, timeout=self._lookup_timeout, metadata=caller.metadata())
+        )
+        return response.record.content
+
+    async def delete_record(self, collection: str, record_id: str, caller: Caller) -> None:
+        """Drop a record."""
+        request = record_service_pb2.DeleteRecordRequest(collection=collection, id=record_id)
+        await _answer(
+            self._records.DeleteRecord(request, timeout=self._lookup_timeout, metadata=caller.metadata())
+        )
 
     async def list_models(self, caller: Caller) -> Sequence[model_pb2.Model]:
         """All installed models, in the order of their ids."""
@@ -184,6 +233,18 @@ class Backend:
 async def _answer(call: grpc.aio.UnaryUnaryCall[_Question, _Answer]) -> _Answer:
     try:
         return await call
+    except grpc.aio.AioRpcError as error:
+        raise _core_error(error) from error
+    finally:
+        call.cancel()
+
+
+@asynccontextmanager
+async def _stream(
+    call: grpc.aio.UnaryStreamCall[_Question, _Answer],
+) -> AsyncIterator[AsyncIterable[_Answer]]:
+    try:
+        yield call
     except grpc.aio.AioRpcError as error:
         raise _core_error(error) from error
     finally:

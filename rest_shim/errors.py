@@ -107,6 +107,7 @@ _BY_REASON: Mapping[str, _Verdict] = {
         400, "invalid_request_error", "context_length_exceeded", param="messages"
     ),
     "MODEL_NOT_FOUND": _NO_MODEL,
+    "RECORD_NOT_FOUND": _Verdict(404, "invalid_request_error", "not_found"),
     "UNSUPPORTED_CAPABILITY": _Verdict(400, "invalid_request_error", "unsupported_capability"),
     "MODEL_UNUSABLE": _Verdict(500, "server_error", "model_unusable", param="model", is_retryable=False),
     "OVERLOADED": _BUSY,

@@ -27,6 +27,10 @@ class Dialect(Enum):
     ANTHROPIC = auto()
 
 
+# Set by a handler whose path two dialects share, once it knows which one the request speaks.
+SPOKEN = web.RequestKey("dialect", Dialect)
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """One route, without a prefix.

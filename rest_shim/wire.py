@@ -13,14 +13,16 @@ import logging
 from collections.abc import AsyncIterable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 from aiohttp import web
 
-from osaurus_grpc.v1 import chat_pb2
 from rest_shim.errors import CoreError, Refusal, internal_refusal, refusal_from_core
 
 log = logging.getLogger(__name__)
+
+_Event = TypeVar("_Event")
+_EventIn = TypeVar("_EventIn", contravariant=True)
 
 SSE_DONE = b"data: [DONE]\n\n"
 SSE_KEEP_ALIVE = b": keep-alive\n\n"
@@ -176,14 +178,14 @@ class HttpStream:
                 return
 
 
-class ChatEncoder(Protocol):
+class Encoder(Protocol[_EventIn]):
     """A dialect's view of an answer's stream: events in, frames out."""
 
     @property
     def is_complete(self) -> bool:
         """Whether the last event of the stream's grammar was seen."""
 
-    def encode(self, event: chat_pb2.ChatStreamResponse) -> bytes:
+    def encode(self, event: _EventIn) -> bytes:
         """The frames of one event; empty where the dialect shows nothing."""
 
     def failure(self, refusal: Refusal) -> bytes:
@@ -192,8 +194,8 @@ class ChatEncoder(Protocol):
 
 async def relay(
     stream: HttpStream,
-    events: AbstractAsyncContextManager[AsyncIterable[chat_pb2.ChatStreamResponse]],
-    encoder: ChatEncoder,
+    events: AbstractAsyncContextManager[AsyncIterable[_Event]],
+    encoder: Encoder[_Event],
     json_path: Callable[[str], str] = str,
 ) -> web.StreamResponse:
     """Pass an answer's events on to the client.
