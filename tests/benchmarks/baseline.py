@@ -1,8 +1,9 @@
 """mlx-lm by itself, in a process of its own: what serving is measured against.
 
-Reads one line a measurement from stdin, {"prompts": [[ids]], "tokens": n}, and answers it with one
-line, {"seconds": s, "first_token_seconds": [s], "tokens": n}: one prompt runs through
-stream_generate, several through BatchGenerator. Same BLAS, dtype and BLAS threads as the product.
+Reads one line a measurement from stdin, {"prompts": [[ids]], "tokens": n, "samplers": [{...}]}, and
+answers it with one line, {"seconds": s, "first_token_seconds": [s], "tokens": n}: one prompt runs
+through stream_generate, several through BatchGenerator. A sampler holds make_sampler's arguments.
+Same BLAS, dtype and BLAS threads as the product.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import dequantize_model, load_model
 
 
@@ -41,12 +43,14 @@ def one(model: Any, prompt: list[int], tokens: int) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "first_token_seconds": [first], "tokens": count}
 
 
-def several(model: Any, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+def several(
+    model: Any, prompts: list[list[int]], tokens: int, samplers: list[dict[str, Any]]
+) -> dict[str, Any]:
     """BatchGenerator with all prompts inserted at once, nothing stopping early."""
     started = time.perf_counter()
     generator = BatchGenerator(model, max_tokens=tokens, stop_tokens=None)
     firsts: dict[int, float] = {}
-    count, left = 0, set(generator.insert(prompts))
+    count, left = 0, set(generator.insert(prompts, samplers=[_sampler(settings) for settings in samplers]))
     while left:
         for response in generator.next_generated():
             count += 1
@@ -58,13 +62,24 @@ def several(model: Any, prompts: list[list[int]], tokens: int) -> dict[str, Any]
     return {"seconds": seconds, "first_token_seconds": list(firsts.values()), "tokens": count}
 
 
+_SAMPLERS: dict[str, Any] = {}
+
+
+def _sampler(settings: dict[str, Any]) -> Any:
+    """One object for equal settings: rows that share it are sampled together."""
+    return _SAMPLERS.setdefault(json.dumps(settings, sort_keys=True), make_sampler(**settings))
+
+
 def main() -> None:
     model = load(Path(sys.argv[1]))
     print("ready", flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         prompts, tokens = asked["prompts"], asked["tokens"]
-        result = one(model, prompts[0], tokens) if len(prompts) == 1 else several(model, prompts, tokens)
+        if len(prompts) == 1:
+            result = one(model, prompts[0], tokens)
+        else:
+            result = several(model, prompts, tokens, asked["samplers"])
         print(json.dumps(result), flush=True)
 
 

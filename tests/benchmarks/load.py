@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import aiohttp
 import grpc
@@ -35,6 +35,11 @@ class Run:
     gap_seconds: list[float]
 
     @property
+    def events(self) -> int:
+        """Content events over all streams."""
+        return len(self.gap_seconds) + len(self.first_token_seconds)
+
+    @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
 
@@ -57,12 +62,36 @@ class _Stream:
         self.last = now
 
 
-Ask = Callable[[str, int], Awaitable[_Stream]]
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """Sampling settings by the names that all sides share."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
 
 
-async def _run(ask: Ask, prompts: list[str], tokens: int) -> Run:
+GREEDY = Sampler()
+# As requests of several clients would be: what BatchGenerator samples row by row.
+MIXED = (
+    GREEDY, Sampler(0.7), Sampler(0.8, top_p=0.95), Sampler(0.8, top_k=40),
+    Sampler(1.0, min_p=0.05), Sampler(0.6, top_p=0.9, top_k=20), Sampler(1.0), Sampler(0.7, top_p=0.8),
+)  # fmt: skip
+
+Ask = Callable[[str, Sampler], Awaitable[_Stream]]
+
+
+def samplers(count: int, *, mixed: bool) -> list[Sampler]:
+    """One a stream."""
+    return [MIXED[i % len(MIXED)] if mixed else GREEDY for i in range(count)]
+
+
+async def _run(ask: Ask, prompts: list[str], settings: list[Sampler]) -> Run:
     started = time.perf_counter()
-    streams = await asyncio.gather(*(ask(prompt, tokens) for prompt in prompts))
+    streams = await asyncio.gather(
+        *(ask(prompt, sampler) for prompt, sampler in zip(prompts, settings, strict=True))
+    )
     return Run(
         seconds=time.perf_counter() - started,
         tokens=sum(stream.tokens for stream in streams),
@@ -71,17 +100,19 @@ async def _run(ask: Ask, prompts: list[str], tokens: int) -> Run:
     )
 
 
-async def over_http(base_url: str, model: str, prompts: list[str], tokens: int) -> Run:
-    """OpenAI chat streams, greedy."""
+async def over_http(
+    base_url: str, model: str, prompts: list[str], tokens: int, settings: list[Sampler]
+) -> Run:
+    """OpenAI chat streams."""
     async with aiohttp.ClientSession(base_url, connector=aiohttp.TCPConnector(limit=0)) as session:
 
-        async def ask(prompt: str, tokens: int) -> _Stream:
+        async def ask(prompt: str, sampler: Sampler) -> _Stream:
             stream = _Stream(time.perf_counter())
             body = {
                 "model": model,
                 "messages": [{"role": "user", "content": prompt}],
                 "max_tokens": tokens,
-                "temperature": 0,
+                **asdict(sampler),
                 "stream": True,
                 "stream_options": {"include_usage": True},
             }
@@ -97,22 +128,30 @@ async def over_http(base_url: str, model: str, prompts: list[str], tokens: int) 
                         stream.tokens = chunk["usage"]["completion_tokens"]
             return stream
 
-        return await _run(ask, prompts, tokens)
+        return await _run(ask, prompts, settings)
 
 
-async def over_grpc(address: str, model: str, prompts: list[str], tokens: int) -> Run:
-    """ChatStream, greedy."""
+def _set(sampler: Sampler) -> dict[str, float]:
+    """The settings that are not off."""
+    off = Sampler(temperature=-1.0)
+    return {name: value for name, value in asdict(sampler).items() if value != getattr(off, name)}
+
+
+async def over_grpc(
+    address: str, model: str, prompts: list[str], tokens: int, settings: list[Sampler]
+) -> Run:
+    """ChatStream; the model's end of sequence does not end a stream."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
 
-        async def ask(prompt: str, tokens: int) -> _Stream:
+        async def ask(prompt: str, sampler: Sampler) -> _Stream:
             stream = _Stream(time.perf_counter())
             chat = chat_pb2.ChatRequest(
                 model=model,
                 messages=[
                     chat_pb2.Message(role=chat_pb2.ROLE_USER, content=[chat_pb2.ContentPart(text=prompt)])
                 ],
-                sampling=sampling_pb2.SamplingParams(temperature=0.0, max_tokens=tokens),
+                sampling=sampling_pb2.SamplingParams(max_tokens=tokens, ignore_eos=True, **_set(sampler)),
             )
             call = stub.ChatStream(chat_pb2.ChatStreamRequest(chat=chat), timeout=600)
             try:
@@ -125,4 +164,4 @@ async def over_grpc(address: str, model: str, prompts: list[str], tokens: int) -
                 call.cancel()
             return stream
 
-        return await _run(ask, prompts, tokens)
+        return await _run(ask, prompts, settings)
