@@ -83,6 +83,11 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
     return _vocabulary(tokenizer)[token_id]
 
 
+def concatenates(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text is its tokens' own bytes one after the other, but for a space at its start."""
+    return _vocabulary(tokenizer).kind not in (_PieceKind.WORD_PIECE, _PieceKind.DECODED)
+
+
 class _PieceKind(Enum):
     """How a vocabulary's pieces stand for bytes."""
 

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,37 @@ class SamplingParams:
     seed: int | None = None
 
 
+class Constraint(Protocol):
+    """What a sequence may say, token by token; stateful, and owned by one sequence.
+
+    The engine calls it on the MLX thread, once or twice a step, and expects answers in well under a
+    millisecond. Whatever a method raises ends that sequence and no other: an OsaurusError reaches the
+    client as it is, anything else as an EngineError.
+    """
+
+    def accept(self, token_id: int) -> None:
+        """A token was generated; never one that ended the sequence."""
+        ...
+
+    def mask(self) -> npt.NDArray[np.uint32] | None:
+        """Which tokens may come next: bit i % 32 of word i // 32 is set where token i may.
+
+        Returns:
+            Shape (ceil(vocab_size / 32),), or None where any token may come. Tokens that end the
+            sequence are set where it may end here.
+        """
+        ...
+
+    @property
+    def is_done(self) -> bool:
+        """Nothing but the end may follow: the engine ends the sequence without another token."""
+        ...
+
+    def fork(self) -> Constraint:
+        """A copy in the initial state; after a device error the generated tokens are replayed to it."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One sequence to generate.
@@ -51,6 +85,8 @@ class GenerationRequest:
         top_logprobs: None computes no log-probabilities; k reports the chosen token's and the k
             most probable tokens'.
         ignore_eos: Generate to max_tokens, whatever the model says.
+        constraint: What the answer may be; used by this request alone. A sequence whose constraint is
+            done ends, with ignore_eos too.
     """
 
     request_id: str
@@ -60,6 +96,7 @@ class GenerationRequest:
     sampling: SamplingParams
     top_logprobs: int | None = None
     ignore_eos: bool = False
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
