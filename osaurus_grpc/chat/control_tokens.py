@@ -63,19 +63,27 @@ class Shield:
         first, *rest = rendered.split(self._mark) if self._mark else [rendered]
         token_ids = self._encode(first)
         for piece in rest:
-            token_ids += self._encode_inner(piece)
+            token_ids += encode_inner(self._tokenizer, piece)
         return token_ids
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def _encode_inner(self, piece: str) -> list[int]:
-        """Encodes behind a newline and takes it away: SentencePiece puts a space at a text's start."""
-        newline = self._encode("\n")
-        token_ids = self._encode("\n" + piece)
-        if token_ids[: len(newline)] == newline:
-            return token_ids[len(newline) :]
-        return self._encode(piece)
+
+def encode_inner(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokenizes a text that stands within another one.
+
+    Behind a newline that is taken away again: SentencePiece puts a space at a text's start.
+    """
+
+    def encode(piece: str) -> list[int]:
+        return list(tokenizer.encode(piece, add_special_tokens=False))
+
+    newline = encode("\n")
+    token_ids = encode("\n" + text)
+    if token_ids[: len(newline)] == newline:
+        return token_ids[len(newline) :]
+    return encode(text)
 
 
 _names: WeakKeyDictionary[PreTrainedTokenizerBase, re.Pattern[str]] = WeakKeyDictionary()

@@ -26,12 +26,14 @@ class Choice:
         tokenizer: The model's.
         stop: Texts that end the answer.
         wants_logprobs: Attach log-probabilities to the deltas.
+        wants_token_ids: Report the tokens at the end.
         context: The prompt's last token ids where the answer continues the last message; see Assembler.
+        end_tokens: Token ids that end the answer beside the model's own, which the engine knows.
         length_reason: Why an answer that used up its tokens ended: LENGTH or CONTEXT_LENGTH.
 
     Attributes:
         is_finished: The answer ended and its choice_finished event was made.
-        completion_tokens: Tokens of the answer so far.
+        token_ids: Tokens of the answer so far.
         cached_tokens: Prompt tokens whose KV cache was reused.
         queue_seconds: What it waited for a place in the batch.
         prompt_seconds: From its admission to its first token.
@@ -45,24 +47,33 @@ class Choice:
         *,
         stop: Sequence[str],
         wants_logprobs: bool,
+        wants_token_ids: bool,
         context: Sequence[int],
+        end_tokens: frozenset[int],
         length_reason: sampling_pb2.FinishReason.ValueType,
     ) -> None:
         self._index = index
         self._assembler = Assembler(tokenizer, stop=stop, context=context)
         self._has_stops = bool(stop)
         self._length_reason = length_reason
+        self._end_tokens = end_tokens
         self._wants_logprobs = wants_logprobs
+        self._wants_token_ids = wants_token_ids
         self._pending: deque[Token] = deque()
         self._token_bytes: Callable[[int], bytes] = lambda token_id: token_bytes(tokenizer, token_id)
         self._admitted = 0.0
         self._first_token = 0.0
         self.is_finished = False
-        self.completion_tokens = 0
+        self.token_ids: list[int] = []
         self.cached_tokens = 0
         self.queue_seconds = 0.0
         self.prompt_seconds = 0.0
         self.decode_seconds = 0.0
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.token_ids)
 
     def admitted(self, event: PrefillStarted) -> None:
         """The choice has a place in the batch."""
@@ -71,12 +82,15 @@ class Choice:
         self.cached_tokens = event.cached_tokens
 
     def feed(self, tokens: Sequence[Token]) -> list[chat_pb2.ChatStreamResponse]:
-        """New tokens: at most one delta, and the end where a stop text appeared."""
+        """New tokens: at most one delta, and the end where a stop text or an end token appeared."""
         now = time.perf_counter()
         if not self.completion_tokens:
             self._first_token = now
             self.prompt_seconds = now - self._admitted
         self.decode_seconds = now - self._first_token
+        kept = self._before_end(tokens)
+        has_ended = len(kept) < len(tokens)
+        tokens = kept
         answer: list[AnswerEvent] = []
         if self._has_stops:
             # One at a time, so that the tokens counted do not depend on how many came at once.
@@ -89,10 +103,20 @@ class Choice:
             tokens = tokens[:used]
         else:
             answer = self._assembler.feed([token.token_id for token in tokens])
-        self.completion_tokens += len(tokens)
+        self.token_ids += [token.token_id for token in tokens]
         if self._wants_logprobs:
             self._pending.extend(tokens)
+        if has_ended:
+            answer += self._assembler.finish(AnswerEnd.STOP)
         return self._events(answer)
+
+    def _before_end(self, tokens: Sequence[Token]) -> Sequence[Token]:
+        """The tokens before the first end token."""
+        if self._end_tokens:
+            for index, token in enumerate(tokens):
+                if token.token_id in self._end_tokens:
+                    return tokens[:index]
+        return tokens
 
     def finish(self, event: GenerationFinished) -> list[chat_pb2.ChatStreamResponse]:
         """The engine ended the sequence: what text is left, and the end."""
@@ -129,6 +153,7 @@ class Choice:
             choice_index=self._index,
             finish_reason=self._finish_reason(end.cause),
             stop_sequence=end.stop_sequence,
+            token_ids=self.token_ids if self._wants_token_ids else (),
         )
         events.append(chat_pb2.ChatStreamResponse(choice_finished=finished))
         return events

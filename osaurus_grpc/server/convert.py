@@ -1,4 +1,4 @@
-"""Proto to internal and back. Pure: no clock, no I/O, no state but the fold's own."""
+"""Proto to internal and back. Pure: no clock, no I/O, no state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from osaurus_grpc.chat.types import JSON, Message, Role, ToolCall
 from osaurus_grpc.engine.types import SamplingParams, Token, TokenLogprob
 from osaurus_grpc.models.catalog import Capability, ModelEntry
 from osaurus_grpc.models.residency import Residence, ResidenceState
-from osaurus_grpc.v1 import chat_pb2, model_pb2, sampling_pb2
+from osaurus_grpc.v1 import chat_pb2, completion_pb2, model_pb2, sampling_pb2
 
 DEFAULT_MAX_TOKENS: Final = 2048
 _DEFAULT_SAMPLING: Final = SamplingParams()
@@ -140,6 +140,23 @@ def logprobs_to_proto(token: Token, token_bytes: Callable[[int], bytes]) -> samp
     )
 
 
+def completion_event(event: chat_pb2.ChatStreamResponse) -> completion_pb2.CompleteStreamResponse:
+    """An event of an answer to a raw prompt, which holds no reasoning and no calls."""
+    match event.WhichOneof("event"):
+        case "content":
+            return completion_pb2.CompleteStreamResponse(content=event.content)
+        case "started":
+            return completion_pb2.CompleteStreamResponse(started=event.started)
+        case "prompt_progress":
+            return completion_pb2.CompleteStreamResponse(prompt_progress=event.prompt_progress)
+        case "choice_finished":
+            return completion_pb2.CompleteStreamResponse(choice_finished=event.choice_finished)
+        case "completed":
+            return completion_pb2.CompleteStreamResponse(completed=event.completed)
+        case "reasoning" | "tool_call" | None as kind:
+            raise AssertionError(f"{kind} in a continuation")
+
+
 def model_to_proto(
     entry: ModelEntry, residence: Residence, *, is_default: bool, chat_template: str = ""
 ) -> model_pb2.Model:
@@ -170,51 +187,3 @@ def _timestamp(moment: datetime) -> Timestamp:
     timestamp = Timestamp()
     timestamp.FromDatetime(moment)
     return timestamp
-
-
-class ChatFold:
-    """Folds the events of a chat stream into the unary answer.
-
-    Args:
-        wants_logprobs: Set every choice's logprobs, also where an answer has no token.
-    """
-
-    def __init__(self, *, wants_logprobs: bool = False) -> None:
-        self._wants_logprobs = wants_logprobs
-        self._response = chat_pb2.ChatResponse()
-        self._texts: dict[int, list[str]] = {}
-        self._logprobs: dict[int, list[sampling_pb2.ChosenTokenLogprob]] = {}
-        self._finished: dict[int, chat_pb2.ChoiceFinished] = {}
-
-    def feed(self, event: chat_pb2.ChatStreamResponse) -> None:
-        """Take the next event of a stream that keeps the grammar of ChatStreamResponse."""
-        match event.WhichOneof("event"):
-            case "content":
-                delta = event.content
-                self._texts.setdefault(delta.choice_index, []).append(delta.text)
-                if delta.logprobs:
-                    self._logprobs.setdefault(delta.choice_index, []).extend(delta.logprobs)
-            case "started":
-                self._response.id = event.started.id
-                self._response.model = event.started.model
-                self._response.system_fingerprint = event.started.system_fingerprint
-            case "choice_finished":
-                self._finished[event.choice_finished.choice_index] = event.choice_finished
-            case "completed":
-                self._response.usage.CopyFrom(event.completed.usage)
-                self._response.timings.CopyFrom(event.completed.timings)
-            case "prompt_progress" | "reasoning" | "tool_call" | None:
-                pass
-
-    def response(self) -> chat_pb2.ChatResponse:
-        """The answer, once the stream has ended; choices in the order of their index."""
-        for index, finished in sorted(self._finished.items()):
-            choice = self._response.choices.add(
-                index=index, finish_reason=finished.finish_reason, stop_sequence=finished.stop_sequence
-            )
-            choice.message.role = chat_pb2.ROLE_ASSISTANT
-            choice.message.content.add(text="".join(self._texts.get(index, ())))
-            if self._wants_logprobs:
-                choice.logprobs.SetInParent()
-                choice.logprobs.tokens.extend(self._logprobs.get(index, ()))
-        return self._response

@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING
 from osaurus_grpc.errors import FeatureNotImplementedError, InvalidRequestError
 from osaurus_grpc.models.residency import Residency
 from osaurus_grpc.server import calls
-from osaurus_grpc.server.convert import ChatFold
-from osaurus_grpc.server.generation import Generation, keep_alive_seconds, render_prompt
+from osaurus_grpc.server.fold import ChatFold, CompletionFold
+from osaurus_grpc.server.generation import Generation, keep_alive_seconds
 from osaurus_grpc.server.listing import Listing
-from osaurus_grpc.server.validation import chat_violations, require_supported, require_valid
+from osaurus_grpc.server.prompts import chat_prompt
+from osaurus_grpc.server.validation import (
+    chat_violations,
+    model_violations,
+    require_supported,
+    require_valid,
+)
 from osaurus_grpc.v1 import chat_pb2, completion_pb2, embedding_pb2, inference_service_pb2
 from osaurus_grpc.v1.inference_service_pb2_grpc import InferenceServiceServicer
 
@@ -27,7 +33,7 @@ class InferenceService(InferenceServiceServicer):
     Args:
         listing: Finds and describes models.
         residency: Loads them.
-        generation: Answers chat requests.
+        generation: Answers chat and completion requests.
     """
 
     def __init__(self, *, listing: Listing, residency: Residency, generation: Generation) -> None:
@@ -82,7 +88,8 @@ class InferenceService(InferenceServiceServicer):
         keep_alive = None if chat is None else keep_alive_seconds(chat)
         async with self._residency.lease(entry, keep_alive) as lease:
             if chat is not None:
-                count = len(await render_prompt(chat, lease.model))
+                require_valid(model_violations(chat, lease.model.vocab_size))
+                count = len((await chat_prompt(chat, lease.model)).token_ids)
             else:
                 tokenizer = lease.model.tokenizer
                 text = request.text
@@ -96,14 +103,19 @@ class InferenceService(InferenceServiceServicer):
     async def Complete(  # noqa: N802
         self, request: completion_pb2.CompleteRequest, context: Context
     ) -> completion_pb2.CompleteResponse:
-        """Not in this release."""
-        raise FeatureNotImplementedError("Complete is not implemented in this release; use Chat.")
+        """Continues a text in one message."""
+        fold = CompletionFold(wants_logprobs=request.sampling.HasField("top_logprobs"))
+        async with aclosing(self._generation.complete(request)) as events:
+            async for event in events:
+                fold.feed(event)
+        return fold.response()
 
     def CompleteStream(  # noqa: N802
         self, request: completion_pb2.CompleteStreamRequest, context: Context
     ) -> AsyncGenerator[completion_pb2.CompleteStreamResponse, None]:
-        """Not in this release."""
-        raise FeatureNotImplementedError("CompleteStream is not implemented in this release; use ChatStream.")
+        """Continues a text as it is generated."""
+        wants_progress = request.options.prompt_progress
+        return self._generation.complete(request.completion, wants_progress=wants_progress)
 
     async def Embed(  # noqa: N802
         self, request: embedding_pb2.EmbedRequest, context: Context

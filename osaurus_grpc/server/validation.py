@@ -1,8 +1,8 @@
-"""What a request may hold: a ChatRequest in, a list of field violations out. Pure.
+"""What a request may hold: a ChatRequest or a CompleteRequest in, a list of field violations out. Pure.
 
-Field paths are protobuf paths relative to ChatRequest ("messages[2].content[0].text"), also where the
-request came inside a ChatStreamRequest or a CountTokensRequest. Ranges are those of the comments in
-sampling.proto and chat.proto; what they leave open is bounded here, so that no field is unbounded.
+Field paths are protobuf paths relative to that request ("messages[2].content[0].text"), also where it
+came inside a ChatStreamRequest or a CountTokensRequest. Ranges are those of the comments in the
+protos; what they leave open is bounded here, so that no field is unbounded.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Never
 
 from google.protobuf.duration_pb2 import Duration
 
 from osaurus_grpc.errors import CapabilityError, InvalidRequestError
-from osaurus_grpc.v1 import chat_pb2, sampling_pb2
+from osaurus_grpc.v1 import chat_pb2, completion_pb2, sampling_pb2
 
 MAX_MODEL_NAME_CHARACTERS: Final = 512
 MAX_MESSAGES: Final = 16_384
@@ -128,6 +128,27 @@ def vocabulary_violations(sampling: sampling_pb2.SamplingParams, vocab_size: int
             )
 
 
+def token_violations(field: str, token_ids: Sequence[int], vocab_size: int) -> Iterator[FieldViolation]:
+    """The first of some token ids that a model does not have."""
+    for i, token_id in enumerate(token_ids):
+        if not 0 <= token_id < vocab_size:
+            what = f"is {token_id}; the model's token ids go from 0 to {vocab_size - 1}."
+            yield _violation(f"{field}[{i}]", what)
+            return
+
+
+def model_violations(
+    request: chat_pb2.ChatRequest | completion_pb2.CompleteRequest, vocab_size: int
+) -> list[FieldViolation]:
+    """What is wrong with a request for a model whose logits are vocab_size wide."""
+    found = [*vocabulary_violations(request.sampling, vocab_size)]
+    if isinstance(request, chat_pb2.ChatRequest):
+        found.extend(token_violations("context_token_ids", request.context_token_ids, vocab_size))
+    else:
+        found.extend(token_violations("tokens.token_ids", request.tokens.token_ids, vocab_size))
+    return found
+
+
 def duration_violations(field: str, value: Duration) -> Iterator[FieldViolation]:
     """What makes a Duration malformed by the rules of its own type."""
     is_bounded = abs(value.seconds) <= MAX_DURATION_SECONDS and abs(value.nanos) <= MAX_DURATION_NANOS
@@ -235,13 +256,39 @@ def chat_violations(request: chat_pb2.ChatRequest) -> list[FieldViolation]:
     found.extend(_tool_violations(request))
     found.extend(_template_violations(request))
     found.extend(_text_violations("session_id", request.session_id, MAX_NAME_CHARACTERS))
-    if request.HasField("choice_count") and not 1 <= request.choice_count <= MAX_CHOICES:
-        found.append(_violation("choice_count", f"must be at least 1 and at most {MAX_CHOICES}."))
-    if request.HasField("max_context_tokens") and request.max_context_tokens < 1:
-        found.append(_violation("max_context_tokens", "must be at least 1."))
-    if request.HasField("keep_alive"):
-        found.extend(duration_violations("keep_alive", request.keep_alive))
+    if request.session_id and request.context_token_ids:
+        found.append(_violation("context_token_ids", "cannot be given together with session_id."))
+    if request.HasField("max_reasoning_tokens") and request.max_reasoning_tokens < 1:
+        found.append(_violation("max_reasoning_tokens", "must be at least 1."))
+    found.extend(_run_violations(request))
     return found
+
+
+def completion_violations(request: completion_pb2.CompleteRequest) -> list[FieldViolation]:
+    """Everything that is wrong with a request, as far as that can be told without the model."""
+    found = [*name_violations("model", request.model)]
+    kind = request.WhichOneof("prompt")
+    if kind is None:
+        found.append(_violation("prompt", "must be set: text or tokens."))
+    elif kind == "tokens" and not request.tokens.token_ids:
+        found.append(_violation("tokens.token_ids", "must have at least one token."))
+    if kind == "tokens" and request.suffix:
+        found.append(_violation("suffix", "needs a prompt of text."))
+    found.extend(sampling_violations(request.sampling))
+    found.extend(_run_violations(request))
+    return found
+
+
+def _run_violations(
+    request: chat_pb2.ChatRequest | completion_pb2.CompleteRequest,
+) -> Iterator[FieldViolation]:
+    """What chat and completion share."""
+    if request.HasField("choice_count") and not 1 <= request.choice_count <= MAX_CHOICES:
+        yield _violation("choice_count", f"must be at least 1 and at most {MAX_CHOICES}.")
+    if request.HasField("max_context_tokens") and request.max_context_tokens < 1:
+        yield _violation("max_context_tokens", "must be at least 1.")
+    if request.HasField("keep_alive"):
+        yield from duration_violations("keep_alive", request.keep_alive)
 
 
 def require_supported(request: chat_pb2.ChatRequest) -> None:
@@ -260,6 +307,25 @@ def require_supported(request: chat_pb2.ChatRequest) -> None:
                 )
     if request.tools and request.tool_choice.mode != chat_pb2.TOOL_CHOICE_MODE_NONE:
         raise CapabilityError("Tools are not supported in this release.", capability="tools", field="tools")
+    _require_free_form(request)
+
+
+def require_completion_supported(request: completion_pb2.CompleteRequest) -> None:
+    """Refuse what this release cannot honour and would have to ignore.
+
+    Raises:
+        CapabilityError: Log-probabilities of a prompt, response formats.
+    """
+    if request.echo and request.sampling.HasField("top_logprobs"):
+        raise CapabilityError(
+            "echo and top_logprobs do not go together: log-probabilities of prompts are not computed.",
+            capability="prompt_logprobs",
+            field="echo",
+        )
+    _require_free_form(request)
+
+
+def _require_free_form(request: chat_pb2.ChatRequest | completion_pb2.CompleteRequest) -> None:
     if request.response_format.WhichOneof("format") is not None:
         raise CapabilityError(
             "Response formats are not supported in this release.",

@@ -494,7 +494,9 @@ class ChatRequest(_message.Message):
 
     @_builtins.property
     def context_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Token ids that stand before the rendered conversation, such as those of an earlier answer."""
+        """Token ids that stand before the rendered conversation, such as those of an earlier answer. The
+        conversation's own beginning-of-sequence token is left out then. Not together with session_id.
+        """
 
     def __init__(
         self,
@@ -600,7 +602,7 @@ class ChatChoice(_message.Message):
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """All tokens that were generated, for include_token_ids."""
+        """All tokens that were generated, without the end-of-sequence token, for include_token_ids."""
 
     def __init__(
         self,

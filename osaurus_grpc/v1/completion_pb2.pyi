@@ -66,11 +66,18 @@ class CompleteRequest(_message.Message):
     model: _builtins.str
     """The model: its id, its org/name, or "" for the server's default model."""
     text: _builtins.str
-    """Text."""
+    """Text, tokenized as the model's tokenizer does with plain text: behind the beginning-of-sequence
+    token where it puts one, and one that the text begins with is not doubled. Names of control
+    tokens are read as control tokens, unlike in chat messages. Empty text is that token alone.
+    """
     suffix: _builtins.str
-    """Text that follows the gap to fill, for models that can fill in the middle."""
+    """Text that follows the gap to fill, for models that can fill in the middle; others answer
+    FAILED_PRECONDITION with capability "insert". Needs a prompt of text. Empty is none.
+    """
     echo: _builtins.bool
-    """Repeat the prompt before the answer. Default false."""
+    """Repeat the prompt before each answer, as text that covers no token. Default false. Refused
+    together with sampling.top_logprobs, since log-probabilities of prompts are not computed.
+    """
     choice_count: _builtins.int
     """Answers wanted, 1 to 16. Default 1."""
     max_context_tokens: _builtins.int
@@ -79,7 +86,7 @@ class CompleteRequest(_message.Message):
     """As ChatRequest.include_token_ids."""
     @_builtins.property
     def tokens(self) -> Global___TokenPrompt:
-        """Token ids."""
+        """Token ids, used as they are."""
 
     @_builtins.property
     def sampling(self) -> _sampling_pb2.SamplingParams:

@@ -16,7 +16,7 @@ from osaurus_grpc.engine.types import SamplingParams, Token, TokenLogprob
 from osaurus_grpc.errors import ContextLengthError
 from osaurus_grpc.models.catalog import Capability, ModelEntry
 from osaurus_grpc.models.residency import Residence, ResidenceState
-from osaurus_grpc.server import convert, generation
+from osaurus_grpc.server import convert, run
 from osaurus_grpc.v1 import chat_pb2, model_pb2, sampling_pb2
 
 VOCAB = 1000
@@ -179,10 +179,10 @@ def test_budgets(prompt: int, context: int, asked: int | None, used: int | None,
     arguments = {"prompt_tokens": prompt, "context_length": context, "max_output_tokens": cap}
     if prompt >= limit:
         with pytest.raises(ContextLengthError):
-            generation.output_budget(request, **arguments)
+            run.output_budget(request, **arguments)
         return
 
-    budget = generation.output_budget(request, **arguments)
+    budget = run.output_budget(request, **arguments)
 
     wanted = min(2048 if asked is None else asked, cap or 10**9)
     assert 1 <= budget.max_tokens <= wanted

@@ -19,7 +19,6 @@ from osaurus_grpc.models import residency
 from osaurus_grpc.server.app import Core
 from osaurus_grpc.v1 import (
     chat_pb2,
-    completion_pb2,
     embedding_pb2,
     error_reason_pb2,
     inference_service_pb2,
@@ -95,6 +94,11 @@ BAD_FIELDS: list[tuple[str, Change]] = [
     ("max_context_tokens", lambda r: setattr(r, "max_context_tokens", 0)),
     ("keep_alive", lambda r: r.keep_alive.CopyFrom(Duration(seconds=1, nanos=-1))),
     ("keep_alive", lambda r: r.keep_alive.CopyFrom(Duration(seconds=2**62))),
+    ("context_token_ids[1]", lambda r: r.context_token_ids.extend([0, 2**31 - 1])),
+    ("context_token_ids[0]", lambda r: r.context_token_ids.append(-1)),
+    ("context_token_ids", lambda r: (
+        r.context_token_ids.append(1), setattr(r, "session_id", "x"))),
+    ("max_reasoning_tokens", lambda r: setattr(r, "max_reasoning_tokens", 0)),
     ("session_id", lambda r: setattr(r, "session_id", "x" * 257)),
     ("chat_template_kwargs_json", lambda r: setattr(r, "chat_template_kwargs_json", "[1]")),
     ("chat_template_kwargs_json", lambda r: setattr(r, "chat_template_kwargs_json", "[" * 60_000)),
@@ -254,8 +258,6 @@ async def test_later_calls_are_not_implemented(inference: Any, core: Core) -> No
     async with grpc.aio.insecure_channel(core.address) as channel:
         models = ModelServiceStub(channel)
         calls = [
-            inference.Complete(completion_pb2.CompleteRequest()),
-            inference.CompleteStream(completion_pb2.CompleteStreamRequest()),
             inference.Embed(embedding_pb2.EmbedRequest()),
             models.PullModel(model_service_pb2.PullModelRequest()),
             models.CreateModel(model_service_pb2.CreateModelRequest()),

@@ -12,7 +12,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from osaurus_grpc.server.app import Core
-from osaurus_grpc.server.convert import ChatFold
+from osaurus_grpc.server.fold import ChatFold
 from osaurus_grpc.v1 import chat_pb2, inference_service_pb2, model_pb2, sampling_pb2
 from tests.server.cores import TINY, chat_request, running_core, stream_request, text_of, token_counts, user
 from tests.server.cores import inference_stub as connect

@@ -1,0 +1,108 @@
+"""Streams folded into the unary answers. Pure: no clock, no I/O, no state but the fold's own."""
+
+from __future__ import annotations
+
+from osaurus_grpc.v1 import chat_pb2, completion_pb2, sampling_pb2
+
+
+class ChatFold:
+    """Folds the events of a chat stream into the unary answer.
+
+    Args:
+        wants_logprobs: Set every choice's logprobs, also where an answer has no token.
+    """
+
+    def __init__(self, *, wants_logprobs: bool = False) -> None:
+        self._wants_logprobs = wants_logprobs
+        self._response = chat_pb2.ChatResponse()
+        self._texts: dict[int, list[str]] = {}
+        self._logprobs: dict[int, list[sampling_pb2.ChosenTokenLogprob]] = {}
+        self._finished: dict[int, chat_pb2.ChoiceFinished] = {}
+
+    def feed(self, event: chat_pb2.ChatStreamResponse) -> None:
+        """Take the next event of a stream that keeps the grammar of ChatStreamResponse."""
+        match event.WhichOneof("event"):
+            case "content":
+                delta = event.content
+                self._texts.setdefault(delta.choice_index, []).append(delta.text)
+                if delta.logprobs:
+                    self._logprobs.setdefault(delta.choice_index, []).extend(delta.logprobs)
+            case "started":
+                self._response.id = event.started.id
+                self._response.model = event.started.model
+                self._response.system_fingerprint = event.started.system_fingerprint
+                self._response.prompt_token_ids.extend(event.started.prompt_token_ids)
+            case "choice_finished":
+                self._finished[event.choice_finished.choice_index] = event.choice_finished
+            case "completed":
+                self._response.usage.CopyFrom(event.completed.usage)
+                self._response.timings.CopyFrom(event.completed.timings)
+            case "prompt_progress" | "reasoning" | "tool_call" | None:
+                pass
+
+    def response(self) -> chat_pb2.ChatResponse:
+        """The answer, once the stream has ended; choices in the order of their index."""
+        for index, finished in sorted(self._finished.items()):
+            choice = self._response.choices.add(
+                index=index,
+                finish_reason=finished.finish_reason,
+                stop_sequence=finished.stop_sequence,
+                token_ids=finished.token_ids,
+            )
+            choice.message.role = chat_pb2.ROLE_ASSISTANT
+            choice.message.content.add(text="".join(self._texts.get(index, ())))
+            if self._wants_logprobs:
+                choice.logprobs.SetInParent()
+                choice.logprobs.tokens.extend(self._logprobs.get(index, ()))
+        return self._response
+
+
+class CompletionFold:
+    """Folds the events of a completion stream into the unary answer.
+
+    Args:
+        wants_logprobs: Set every choice's logprobs, also where an answer has no token.
+    """
+
+    def __init__(self, *, wants_logprobs: bool = False) -> None:
+        self._wants_logprobs = wants_logprobs
+        self._response = completion_pb2.CompleteResponse()
+        self._texts: dict[int, list[str]] = {}
+        self._logprobs: dict[int, list[sampling_pb2.ChosenTokenLogprob]] = {}
+        self._finished: dict[int, chat_pb2.ChoiceFinished] = {}
+
+    def feed(self, event: completion_pb2.CompleteStreamResponse) -> None:
+        """Take the next event of a stream that keeps the grammar of CompleteStreamResponse."""
+        match event.WhichOneof("event"):
+            case "content":
+                delta = event.content
+                self._texts.setdefault(delta.choice_index, []).append(delta.text)
+                if delta.logprobs:
+                    self._logprobs.setdefault(delta.choice_index, []).extend(delta.logprobs)
+            case "started":
+                self._response.id = event.started.id
+                self._response.model = event.started.model
+                self._response.system_fingerprint = event.started.system_fingerprint
+                self._response.prompt_token_ids.extend(event.started.prompt_token_ids)
+            case "choice_finished":
+                self._finished[event.choice_finished.choice_index] = event.choice_finished
+            case "completed":
+                self._response.usage.CopyFrom(event.completed.usage)
+                self._response.timings.CopyFrom(event.completed.timings)
+            case "prompt_progress" | None:
+                pass
+
+    def response(self) -> completion_pb2.CompleteResponse:
+        """The answer, once the stream has ended; choices in the order of their index."""
+        for index, finished in sorted(self._finished.items()):
+            choice = self._response.choices.add(
+                index=index,
+                text="".join(self._texts.get(index, ())),
+                finish_reason=finished.finish_reason,
+                stop_sequence=finished.stop_sequence,
+                token_ids=finished.token_ids,
+            )
+            if self._wants_logprobs:
+                choice.logprobs.SetInParent()
+                choice.logprobs.tokens.extend(self._logprobs.get(index, ()))
+        return self._response

@@ -1,0 +1,253 @@
+"""One admitted request: its answers, from the first engine event to the last.
+
+What was asked, a conversation or a text, is a prompt of tokens by now; the events are those of
+ChatStreamResponse, and CompleteStream's are made from them at the door.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Final, TypeAlias, assert_never
+
+from osaurus_grpc.engine.engine import Engine
+from osaurus_grpc.engine.types import (
+    GenerationFinished,
+    GenerationRequest,
+    PrefillProgress,
+    PrefillStarted,
+    SamplingParams,
+    TokensGenerated,
+)
+from osaurus_grpc.errors import ContextLengthError
+from osaurus_grpc.models.residency import LoadedModel
+from osaurus_grpc.server.calls import Call
+from osaurus_grpc.server.choice import Choice
+from osaurus_grpc.server.convert import DEFAULT_MAX_TOKENS, measured_duration, sampling_from_proto
+from osaurus_grpc.server.merge import merged
+from osaurus_grpc.server.prompts import Prompt
+from osaurus_grpc.telemetry import Telemetry
+from osaurus_grpc.v1 import chat_pb2, completion_pb2, sampling_pb2, usage_pb2
+
+# The fields that are read here have the same names in both.
+Request: TypeAlias = chat_pb2.ChatRequest | completion_pb2.CompleteRequest
+
+_SEED_BITS: Final = 64
+# Enough for a tokenizer to tell how a token continues a text.
+_CONTINUED_TOKENS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class OutputBudget:
+    """How many tokens an answer may have, and why it ends there.
+
+    Attributes:
+        max_tokens: At least 1.
+        reason: LENGTH, or CONTEXT_LENGTH where the context and not the request set the limit.
+    """
+
+    max_tokens: int
+    reason: sampling_pb2.FinishReason.ValueType
+
+
+def output_budget(
+    request: Request, *, prompt_tokens: int, context_length: int, max_output_tokens: int
+) -> OutputBudget:
+    """The budget of each of a validated request's answers.
+
+    Args:
+        request: Its max_tokens and max_context_tokens count.
+        prompt_tokens: Tokens of the prompt.
+        context_length: The model's, in tokens.
+        max_output_tokens: The server's cap; 0 is none.
+
+    Raises:
+        ContextLengthError: The prompt leaves no room for one token.
+    """
+    limit = context_limit(request, context_length)
+    room = limit - prompt_tokens
+    if room < 1:
+        raise ContextLengthError(limit=limit, prompt_tokens=prompt_tokens, field=prompt_field(request))
+    sampling = request.sampling
+    wanted = sampling.max_tokens if sampling.HasField("max_tokens") else DEFAULT_MAX_TOKENS
+    if max_output_tokens:
+        wanted = min(wanted, max_output_tokens)
+    if wanted > room:
+        return OutputBudget(room, sampling_pb2.FINISH_REASON_CONTEXT_LENGTH)
+    return OutputBudget(wanted, sampling_pb2.FINISH_REASON_LENGTH)
+
+
+def context_limit(request: Request, context_length: int) -> int:
+    """Tokens of prompt and answer at most: the model's context, or less where the request says so."""
+    if request.HasField("max_context_tokens"):
+        return min(context_length, request.max_context_tokens)
+    return context_length
+
+
+def prompt_field(request: Request) -> str:
+    """The field that a request's prompt is in."""
+    return "messages" if isinstance(request, chat_pb2.ChatRequest) else "prompt"
+
+
+class Run:
+    """A request's choices as one stream of events, in the grammar of ChatStreamResponse.
+
+    Args:
+        call: Gets the tokens counted.
+        request: What was asked, validated; only what chat and completion share is read.
+        model: Leased for as long as this runs.
+        prompt: What the answers continue.
+        budget: How long they may be.
+        load_seconds: What the request waited for its model to load; 0.0 where it was loaded.
+        wants_progress: Report how far the prompt is processed.
+
+    Attributes:
+        choices: The answers, in the order of their index.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        request: Request,
+        model: LoadedModel,
+        prompt: Prompt,
+        *,
+        budget: OutputBudget,
+        load_seconds: float,
+        wants_progress: bool,
+    ) -> None:
+        sampling = request.sampling
+        self._call = call
+        self._model = model
+        self._prompt = prompt
+        self._budget = budget
+        self._load_seconds = load_seconds
+        self._wants_progress = wants_progress
+        self._wants_token_ids = request.include_token_ids
+        kind = "chatcmpl" if isinstance(request, chat_pb2.ChatRequest) else "cmpl"
+        self._id = f"{kind}-{uuid.uuid4().hex}"
+        self._sampling = sampling_from_proto(sampling, vocab_size=model.vocab_size)
+        self._seed = sampling.seed if sampling.HasField("seed") else None
+        self._top_logprobs = sampling.top_logprobs if sampling.HasField("top_logprobs") else None
+        self._ignore_eos = sampling.ignore_eos
+        self.choices = [
+            Choice(
+                index,
+                model.tokenizer,
+                stop=tuple(sampling.stop),
+                wants_logprobs=self._top_logprobs is not None,
+                wants_token_ids=self._wants_token_ids,
+                context=prompt.token_ids[-_CONTINUED_TOKENS:] if prompt.is_continued else (),
+                end_tokens=frozenset() if sampling.ignore_eos else prompt.end_tokens,
+                length_reason=budget.reason,
+            )
+            for index in range(request.choice_count if request.HasField("choice_count") else 1)
+        ]
+
+    def _engine_requests(self) -> Sequence[GenerationRequest]:
+        return [
+            GenerationRequest(
+                request_id=f"{self._id}/{index}",
+                model_id=self._model.entry.id,
+                prompt=self._prompt.token_ids,
+                max_tokens=self._budget.max_tokens,
+                sampling=self._choice_sampling(index),
+                top_logprobs=self._top_logprobs,
+                ignore_eos=self._ignore_eos,
+            )
+            for index in range(len(self.choices))
+        ]
+
+    def _choice_sampling(self, index: int) -> SamplingParams:
+        if self._seed is None:
+            return self._sampling
+        # Wraps as a signed 64-bit number does, so that every seed has its successors.
+        wrapped = (self._seed + index) % 2**_SEED_BITS
+        return replace(self._sampling, seed=wrapped - 2**_SEED_BITS * (wrapped >> (_SEED_BITS - 1)))
+
+    async def events(
+        self, engine: Engine, telemetry: Telemetry
+    ) -> AsyncGenerator[chat_pb2.ChatStreamResponse, None]:
+        """Generate. Closing the generator stops the generation."""
+        choices = self.choices
+        streams = [engine.generate(request) for request in self._engine_requests()]
+        has_started = False
+        async with aclosing(merged(streams, lambda index: choices[index].is_finished)) as arrivals:
+            async for index, event in arrivals:
+                choice = choices[index]
+                match event:
+                    case TokensGenerated():
+                        for delta in self._fed(choice, event, telemetry):
+                            yield delta
+                    case PrefillStarted():
+                        choice.admitted(event)
+                        # Sent once the engine has admitted the request and not before: until then a
+                        # refusal reaches a client that may still retry by itself.
+                        if not has_started:
+                            has_started = True
+                            for beginning in self._beginning():
+                                yield beginning
+                    case PrefillProgress():
+                        if self._wants_progress and index == 0:
+                            yield _progress(event)
+                    case GenerationFinished():
+                        for delta in choice.finish(event):
+                            yield delta
+                    case _:
+                        assert_never(event)
+        yield self._completed()
+
+    def _fed(
+        self, choice: Choice, event: TokensGenerated, telemetry: Telemetry
+    ) -> list[chat_pb2.ChatStreamResponse]:
+        call = self._call
+        if not call.completion_tokens:
+            telemetry.first_token(model=call.model, seconds=time.perf_counter() - call.arrived)
+        before = choice.completion_tokens
+        deltas = choice.feed(event.tokens)
+        call.completion_tokens += choice.completion_tokens - before
+        return deltas
+
+    def _beginning(self) -> list[chat_pb2.ChatStreamResponse]:
+        """The first event, and the prompt once for each choice where it is to be repeated."""
+        started = chat_pb2.ChatStarted(
+            id=self._id,
+            model=self._model.entry.id,
+            prompt_tokens=len(self._prompt.token_ids),
+            system_fingerprint=self._model.fingerprint,
+            prompt_token_ids=self._prompt.token_ids if self._wants_token_ids else (),
+        )
+        if self._load_seconds > 0:
+            started.load_duration.CopyFrom(measured_duration(self._load_seconds))
+        events = [chat_pb2.ChatStreamResponse(started=started)]
+        if echo := self._prompt.echo:
+            for index in range(len(self.choices)):
+                delta = chat_pb2.ContentDelta(choice_index=index, text=echo)
+                events.append(chat_pb2.ChatStreamResponse(content=delta))
+        return events
+
+    def _completed(self) -> chat_pb2.ChatStreamResponse:
+        choices = self.choices
+        timings = usage_pb2.Timings(
+            total_duration=measured_duration(time.perf_counter() - self._call.arrived),
+            # Choices run side by side: the longest of each phase is what the caller waited for.
+            queue_duration=measured_duration(max(choice.queue_seconds for choice in choices)),
+            prompt_duration=measured_duration(max(choice.prompt_seconds for choice in choices)),
+            decode_duration=measured_duration(max(choice.decode_seconds for choice in choices)),
+        )
+        if self._load_seconds > 0:
+            timings.load_duration.CopyFrom(measured_duration(self._load_seconds))
+        usage = usage_pb2.Usage(
+            prompt_tokens=len(self._prompt.token_ids),
+            completion_tokens=sum(choice.completion_tokens for choice in choices),
+            cached_prompt_tokens=min(choice.cached_tokens for choice in choices),
+        )
+        return chat_pb2.ChatStreamResponse(completed=chat_pb2.ChatCompleted(usage=usage, timings=timings))
+
+
+def _progress(event: PrefillProgress) -> chat_pb2.ChatStreamResponse:
+    progress = chat_pb2.PromptProgress(processed_tokens=event.processed, total_tokens=event.total)
+    return chat_pb2.ChatStreamResponse(prompt_progress=progress)
