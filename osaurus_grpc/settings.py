@@ -41,6 +41,8 @@ class Settings:
         prefill_chunk_tokens: Prompt tokens processed between two decode steps of running streams.
         prompt_cache_bytes: Of KV caches that each model keeps for requests that begin alike; 0 keeps
             none, negative takes a tenth of the memory.
+        kv_cache_bytes: Of the KV caches of all models, of running requests and kept ones; negative
+            takes three quarters of the memory that is free when the weights are in.
         max_loaded_models: Models in memory at once; the least recently used idle one makes way.
         keep_alive_seconds: Unload a model that was not used for so long; negative is never.
         dtype: "auto", or what weights are held in: "float32", "float16", "bfloat16", "native".
@@ -68,6 +70,7 @@ class Settings:
     max_output_tokens: int = 0
     prefill_chunk_tokens: int = 512
     prompt_cache_bytes: int = -1
+    kv_cache_bytes: int = -1
     max_loaded_models: int = 3
     keep_alive_seconds: float = -1.0
     dtype: str = "auto"
@@ -173,6 +176,10 @@ def _add_limits(target: configargparse.ArgumentParser, defaults: Settings) -> No
         default=defaults.prompt_cache_bytes,
         help="of KV caches that a model keeps for requests that begin alike, 0 for none "
         "(default a tenth of the memory)")  # fmt: skip
+    add("--kv-cache-bytes", env_var="OSAURUS_KV_CACHE_BYTES", type=whole(-1, 2**62), metavar="N",
+        default=defaults.kv_cache_bytes,
+        help="of the KV caches of all models together; requests wait while theirs would not fit "
+        "(default three quarters of the memory that the weights leave)")  # fmt: skip
     add("--max-loaded-models", env_var="OSAURUS_MAX_LOADED_MODELS", type=whole(1, 1024), metavar="N",
         default=defaults.max_loaded_models, help="models in memory (default %(default)s)")  # fmt: skip
     add("--keep-alive-seconds", env_var="OSAURUS_KEEP_ALIVE_SECONDS", type=float, metavar="S",
@@ -218,6 +225,7 @@ def from_namespace(values: argparse.Namespace) -> Settings:
         max_output_tokens=values.max_output_tokens,
         prefill_chunk_tokens=values.prefill_chunk_tokens,
         prompt_cache_bytes=values.prompt_cache_bytes,
+        kv_cache_bytes=values.kv_cache_bytes,
         max_loaded_models=values.max_loaded_models,
         keep_alive_seconds=values.keep_alive_seconds,
         dtype=values.dtype,

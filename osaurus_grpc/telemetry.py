@@ -7,15 +7,27 @@ are gRPC's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
+
+if TYPE_CHECKING:
+    from osaurus_grpc.engine.engine import EngineStats
 
 NO_MODEL: Final = ""
 # Powers of two and their halves, from a cached prompt on a GPU to a long one on a laptop's CPU.
 _FIRST_TOKEN_SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _EXPOSURE_END_SECONDS: Final = 5.0
 _CALL_SECONDS: Final = (*_FIRST_TOKEN_SECONDS, 300.0, 600.0)
+
+_ENGINE_GAUGES: Final = (
+    ("osaurus_sequences_running", "Sequences that have a place in the batch.", "running"),
+    ("osaurus_sequences_waiting", "Sequences that wait for a place in the batch.", "waiting"),
+    ("osaurus_kv_running_bytes", "What KV caches of running sequences are counted as.", "kv_running_bytes"),
+    ("osaurus_kv_kept_bytes", "KV caches kept for requests that begin alike.", "kv_kept_bytes"),
+    ("osaurus_kv_budget_bytes", "What all KV caches together may take.", "kv_budget_bytes"),
+    ("osaurus_kv_preemptions", "Times a sequence gave its place back for want of memory.", "preemptions"),
+)
 
 
 class Telemetry:
@@ -47,13 +59,10 @@ class Telemetry:
             "osaurus_completion_tokens", "Tokens generated.", ("model",), registry=self.registry
         )
 
-    def watch_engine(self, running: Callable[[], float], waiting: Callable[[], float]) -> None:
+    def watch_engine(self, stats: Callable[[], EngineStats]) -> None:
         """Report the engine's load, read anew at each collection. Call once."""
-        for name, text, read in (
-            ("osaurus_sequences_running", "Sequences that have a place in the batch.", running),
-            ("osaurus_sequences_waiting", "Sequences that wait for a place in the batch.", waiting),
-        ):
-            Gauge(name, text, registry=self.registry).set_function(read)
+        for name, text, field in _ENGINE_GAUGES:
+            Gauge(name, text, registry=self.registry).set_function(_reader(stats, field))
 
     def call_ended(self, *, method: str, model: str, code: str, seconds: float) -> None:
         """Count a call.
@@ -94,3 +103,7 @@ class Telemetry:
             thread.join(_EXPOSURE_END_SECONDS)
 
         return end
+
+
+def _reader(stats: Callable[[], EngineStats], field: str) -> Callable[[], float]:
+    return lambda: float(getattr(stats(), field))

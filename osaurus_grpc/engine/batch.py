@@ -282,6 +282,11 @@ class Batch:
         self._prompt_cache.store(tokens, extract)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all rows' caches, padding and room to grow included."""
+        return int(self._generator.prompt_cache_nbytes)
+
+    @property
     def prefilling(self) -> int:
         """Sequences whose prompt is not processed yet."""
         return len(self._generator._prompt_batch) + len(self._generator._unprocessed_sequences)

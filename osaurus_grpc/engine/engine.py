@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from osaurus_grpc.engine.memory import KVBudget, KVMemory
 from osaurus_grpc.engine.runner import Delivery
 from osaurus_grpc.engine.sequence import Sequence
 from osaurus_grpc.engine.types import (
@@ -45,12 +46,20 @@ class EngineStats:
         waiting: Sequences that wait for a place in one.
         prompt_tokens: Prompt tokens of admitted sequences.
         completion_tokens: Tokens generated.
+        kv_running_bytes: What the KV caches of running sequences are counted as.
+        kv_kept_bytes: KV caches kept for requests that begin alike.
+        kv_budget_bytes: What both together may take.
+        preemptions: Times a sequence gave its place back because memory ran out.
     """
 
     running: int
     waiting: int
     prompt_tokens: int
     completion_tokens: int
+    kv_running_bytes: int
+    kv_kept_bytes: int
+    kv_budget_bytes: int
+    preemptions: int
 
 
 @dataclass(slots=True)
@@ -58,6 +67,7 @@ class _Attached:
     """A model in service, as the event loop knows it."""
 
     vocab_size: int
+    memory: KVMemory
     running: int = 0
 
 
@@ -92,6 +102,8 @@ class Engine:
         prefill_chunk_tokens: Prompt tokens processed between two decode steps at most.
         prompt_cache_bytes: Of the KV caches that each model keeps for requests that begin alike; 0
             keeps none.
+        kv_cache_bytes: Of the KV caches of all models, running and kept; negative is a share of the
+            memory that is free when their weights are in.
     """
 
     def __init__(
@@ -101,15 +113,18 @@ class Engine:
         max_waiting_requests: int,
         prefill_chunk_tokens: int,
         prompt_cache_bytes: int = 0,
+        kv_cache_bytes: int = -1,
     ) -> None:
         self._max_batch_size = max_batch_size
         self._max_waiting = max_waiting_requests
+        self._budget = KVBudget(kv_cache_bytes)
         self._worker = Worker(
             self._deliver,
             self._report_death,
             max_batch_size=max_batch_size,
             prefill_chunk_tokens=prefill_chunk_tokens,
             prompt_cache_bytes=prompt_cache_bytes,
+            budget=self._budget,
         )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inboxes: dict[Sequence, _Inbox] = {}
@@ -191,8 +206,8 @@ class Engine:
             end_tokens: Ids that end an answer.
             vocab_size: Width of its logits.
         """
-        await self.call(lambda: self._worker.attach(model_id, model, end_tokens, vocab_size))
-        self._models[model_id] = _Attached(vocab_size)
+        memory = await self.call(lambda: self._worker.attach(model_id, model, end_tokens, vocab_size))
+        self._models[model_id] = _Attached(vocab_size, memory)
 
     async def detach(self, model_id: str) -> None:
         """Take a model out of service; sequences that still use it end with DrainingError."""
@@ -217,6 +232,10 @@ class Engine:
             waiting=self._waiting,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
+            kv_running_bytes=self._budget.running_bytes,
+            kv_kept_bytes=self._budget.kept_bytes,
+            kv_budget_bytes=self._budget.limit_bytes,
+            preemptions=self._budget.preemptions,
         )
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
@@ -228,6 +247,7 @@ class Engine:
 
         Raises:
             InvalidRequestError: The request does not fit the model.
+            InsufficientMemoryError: Its KV cache would not fit even alone.
             OverloadedError: The queue is full.
             EngineError: The device failed on this sequence.
             DrainingError: The engine is stopping, or the model was unloaded.
@@ -333,6 +353,7 @@ class Engine:
                     f"logit_bias: {token_id} is not a token id of this model (0 to {vocab_size - 1}).",
                     field="sampling.logit_bias",
                 )
+        attached.memory.require_possible(len(request.prompt), request.max_tokens)
         if self._waiting >= self._max_waiting + max(0, self._max_batch_size - attached.running):
             raise OverloadedError(
                 "Too many requests are waiting; try again shortly.", retry_after_seconds=1.0

@@ -150,7 +150,11 @@ class PromptCache:
                 self._bytes += self._blocks[name].nbytes
         for name in reversed(names):
             self._blocks.move_to_end(name)
-        self._evict()
+        self._evict(self._max_bytes)
+
+    def shrink(self, max_bytes: int) -> None:
+        """Drop the least recently used blocks until no more than so many bytes are held."""
+        self._evict(max_bytes)
 
     def clear(self) -> None:
         """Drop everything."""
@@ -165,8 +169,8 @@ class PromptCache:
             known.append(name)
         return known
 
-    def _evict(self) -> None:
-        while self._bytes > self._max_bytes:
+    def _evict(self, max_bytes: int) -> None:
+        while self._bytes > max_bytes:
             _, block = self._blocks.popitem(last=False)
             self._bytes -= block.nbytes
 

@@ -79,6 +79,9 @@ class Runner:
         deliveries: list[Delivery] = []
         chunk = self.scheduler.chunk_tokens()
         try:
+            self._leaving.extend(self.scheduler.preempt())
+            if self._on_trial is not None and self._on_trial.uid is None:
+                self._on_trial = None  # preempted; it comes back through the queue
             while self._leaving:
                 self._batch.remove(self._leaving.pop())
             self._join(deliveries)
@@ -125,7 +128,7 @@ class Runner:
         )
         self.scheduler.started(sequence, uid)
         if sequence.admitted_at:
-            return []  # it rejoins after an error
+            return []  # it had a row before
         sequence.admitted_at = time.monotonic()
         waited = sequence.admitted_at - sequence.submitted_at
         return [(sequence, PrefillStarted(waited, sequence.cached_tokens))]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
+from osaurus_grpc.engine.memory import KVMemory
 from osaurus_grpc.engine.sequence import Sequence
 
 # A chunk may take as long as this many decode steps while others decode.
@@ -71,14 +72,18 @@ class Scheduler:
     Args:
         max_batch_size: Rows at most.
         prefill_chunk_tokens: A chunk's tokens at most.
+        memory: What KV caches may take; None counts nothing.
     """
 
-    def __init__(self, *, max_batch_size: int, prefill_chunk_tokens: int) -> None:
+    def __init__(
+        self, *, max_batch_size: int, prefill_chunk_tokens: int, memory: KVMemory | None = None
+    ) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
         self.clock = StepClock()
         self._max_batch_size = max_batch_size
         self._prefill_chunk_tokens = prefill_chunk_tokens
+        self._memory = memory
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
@@ -98,7 +103,7 @@ class Scheduler:
         return self.clock.chunk_tokens(self._prefill_chunk_tokens, decoding=self.decoding)
 
     def admit(self) -> list[Sequence]:
-        """Take the sequences that may join now out of the queue, in order of arrival.
+        """Take the sequences that may join now, and fit in memory, out of the queue, in order of arrival.
 
         The caller gives each its row and calls started().
         """
@@ -114,10 +119,14 @@ class Scheduler:
         has_long = any(s.unprocessed_tokens > share for s in prefilling)
         admitted: list[Sequence] = []
         skipped: list[Sequence] = []
+        opening = self._memory.opening(self.running.values()) if self._memory is not None else None
         while self.waiting and free > 0:
             sequence = self.waiting.popleft()
             fits = sequence.uncached_tokens <= max(_SMALLEST_CHUNK, chunk // (sharing + 1))
             if not fits and has_long:
+                skipped.append(sequence)
+                continue
+            if opening is not None and not opening.take(sequence):
                 skipped.append(sequence)
                 continue
             has_long = has_long or not fits
@@ -139,13 +148,33 @@ class Scheduler:
         if sequence.uid is not None:
             self.running.pop(sequence.uid, None)
             sequence.uid = None
+            if self._memory is not None:
+                self._memory.note(list(self.running.values()))
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+            if self._memory is not None:
+                self._memory.forget(sequence)
+
+    def preempt(self) -> list[int]:
+        """Send sequences for which memory no longer suffices back to the queue's head; returns their rows."""
+        rows: list[int] = []
+        if self._memory is None:
+            return rows
+        for sequence in self._memory.overdrawn(self.running.values()):
+            assert sequence.uid is not None
+            rows.append(sequence.uid)
+            del self.running[sequence.uid]
+            sequence.uid = None
+            sequence.is_decoding = False
+            self.waiting.appendleft(sequence)
+        return rows
 
     def restart(self) -> list[Sequence]:
         """Take all running sequences out, in order: their rows are gone."""
         sequences = list(self.running.values())
         self.running.clear()
+        if self._memory is not None:
+            self._memory.note([])
         for sequence in sequences:
             sequence.uid = None
             sequence.is_decoding = False

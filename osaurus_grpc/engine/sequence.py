@@ -29,6 +29,8 @@ class Sequence:
         prefilled: Prompt tokens processed since it has that row.
         is_decoding: Its prompt is processed.
         strikes: Device errors that happened while this sequence was on trial.
+        passed: Later sequences that were let in before it for want of memory.
+        preemptions: Times it gave its row back for want of memory.
     """
 
     request: GenerationRequest
@@ -43,11 +45,18 @@ class Sequence:
     prefilled: int = 0
     is_decoding: bool = False
     strikes: int = 0
+    passed: int = 0
+    preemptions: int = 0
 
     @property
     def prefill_tokens(self) -> SequenceOf[int]:
-        """What must be in the KV cache before the next token: the prompt and, after an error, the answer."""
+        """What must be in the KV cache before the next token: the answer too, once it lost its row."""
         return [*self.request.prompt, *self.generated] if self.generated else self.request.prompt
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the prompt and of the answer so far."""
+        return len(self.request.prompt) + len(self.generated)
 
     @property
     def uncached_tokens(self) -> int:

@@ -14,11 +14,13 @@ import threading
 from collections.abc import Callable
 from typing import TypeAlias
 
+from osaurus_grpc.engine import footprint
 from osaurus_grpc.engine.batch import Batch, self_test
+from osaurus_grpc.engine.memory import KVBudget, KVMemory
 from osaurus_grpc.engine.prompt_cache import PromptCache
 from osaurus_grpc.engine.runner import Delivery, Runner
 from osaurus_grpc.engine.scheduler import Scheduler
-from osaurus_grpc.models.platform import mx
+from osaurus_grpc.models.platform import memory_bytes, mx
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class Worker:
         max_batch_size: Rows of a model's batch at most.
         prefill_chunk_tokens: Prompt tokens between two decode steps at most.
         prompt_cache_bytes: Of a model's kept beginnings; 0 keeps none.
+        budget: Of the KV caches of all models.
     """
 
     def __init__(
@@ -45,12 +48,15 @@ class Worker:
         max_batch_size: int,
         prefill_chunk_tokens: int,
         prompt_cache_bytes: int,
+        budget: KVBudget,
     ) -> None:
         self._deliver = deliver
         self._report_death = report_death
         self._max_batch_size = max_batch_size
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self._prompt_cache_bytes = prompt_cache_bytes
+        self._budget = budget
+        self._memories: dict[str, KVMemory] = {}
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._runners: dict[str, Runner] = {}
         self._is_stopping = False
@@ -86,17 +92,23 @@ class Worker:
         """The runner of a loaded model. On the MLX thread only."""
         return self._runners.get(model_id)
 
-    def attach(self, model_id: str, model: object, end_tokens: tuple[int, ...], vocab_size: int) -> None:
-        """Take a loaded model into service. On the MLX thread only."""
-        scheduler = Scheduler(
-            max_batch_size=self._max_batch_size, prefill_chunk_tokens=self._prefill_chunk_tokens
-        )
+    def attach(self, model_id: str, model: object, end_tokens: tuple[int, ...], vocab_size: int) -> KVMemory:
+        """Take a loaded model into service; returns its part of the KV budget. On the MLX thread only."""
         prompt_cache = PromptCache(self._prompt_cache_bytes)
+        memory = KVMemory(self._budget, footprint.measure(model), prompt_cache)
+        self._budget.adapt(memory_bytes())
+        scheduler = Scheduler(
+            max_batch_size=self._max_batch_size,
+            prefill_chunk_tokens=self._prefill_chunk_tokens,
+            memory=memory,
+        )
 
         def make_batch() -> Batch:
             return Batch(model, end_tokens, self._max_batch_size, prompt_cache)
 
         self._runners[model_id] = Runner(model_id, make_batch, vocab_size, scheduler)
+        self._memories[model_id] = memory
+        return memory
 
     def detach(self, model_id: str) -> Runner | None:
         """Take a model out of service and free what can be freed. On the MLX thread only.
@@ -104,13 +116,15 @@ class Worker:
         The caller tells the live sequences of the returned runner, by its close(), and calls free()
         once it holds the model no more.
         """
+        if (memory := self._memories.pop(model_id, None)) is not None:
+            memory.close()
         return self._runners.pop(model_id, None)
 
-    @staticmethod
-    def free() -> None:
+    def free(self) -> None:
         """Return the memory of dropped models to the system. On the MLX thread only."""
         gc.collect()
         mx.clear_cache()
+        self._budget.adapt(memory_bytes())
 
     def _run(self) -> None:
         try:

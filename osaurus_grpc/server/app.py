@@ -132,10 +132,9 @@ class Core:
             max_waiting_requests=settings.max_waiting_requests,
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
             prompt_cache_bytes=_prompt_cache_bytes(settings),
+            kv_cache_bytes=settings.kv_cache_bytes,
         )
-        self.telemetry.watch_engine(
-            lambda: float(self.engine.stats().running), lambda: float(self.engine.stats().waiting)
-        )
+        self.telemetry.watch_engine(self.engine.stats)
         self._catalog = Catalog(
             settings.models_dir,
             hub_cache_dir=settings.hub_cache_dir,

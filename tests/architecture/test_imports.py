@@ -16,6 +16,7 @@ MLX_ROOMS = {
     "osaurus_grpc.engine.batch",
     "osaurus_grpc.engine.sampling",
     "osaurus_grpc.engine.prompt_cache",
+    "osaurus_grpc.engine.footprint",  # reads shapes off the model's own caches
     "osaurus_grpc.models.residency",
     "osaurus_grpc.models.platform",
 }

@@ -69,6 +69,7 @@ async def running_engine(
     max_waiting_requests: int = 64,
     prefill_chunk_tokens: int = 64,
     prompt_cache_bytes: int = 0,
+    kv_cache_bytes: int = -1,
 ) -> AsyncIterator[Engine]:
     """A started engine that serves one tiny model as "tiny"."""
     engine = Engine(
@@ -76,6 +77,7 @@ async def running_engine(
         max_waiting_requests=max_waiting_requests,
         prefill_chunk_tokens=prefill_chunk_tokens,
         prompt_cache_bytes=prompt_cache_bytes,
+        kv_cache_bytes=kv_cache_bytes,
     )
     await engine.start()
     try:

@@ -289,13 +289,14 @@ class Faulty:
     """A model whose calls fail by plan, which the real one cannot be made to do."""
 
     def __init__(self, model: Any, plan: Any) -> None:
-        self._model, self._plan, self._calls = model, plan, 0
+        # The first call measures the caches when the model is attached; it computes nothing.
+        self._model, self._plan, self._calls = model, plan, -1
 
     def __call__(self, inputs: Any, cache: Any = None) -> Any:
         self._calls += 1
         # The caches advance before the failure, as they do when a device fails inside a step.
         logits = self._model(inputs, cache=cache)
-        if self._plan(self._calls, inputs):
+        if self._calls and self._plan(self._calls, inputs):
             raise RuntimeError("device lost")
         return logits
 
