@@ -27,6 +27,8 @@ from pathlib import Path
 
 import psutil
 
+from osaurus_grpc.models import cgroup
+
 __all__ = [
     "Blas",
     "Device",
@@ -208,9 +210,14 @@ set_blas_threads(blas.threads)
 
 
 def memory_bytes() -> int:
-    """Memory that more models may take: what the device, or on a CPU the machine, has left."""
+    """Memory that more models may take: what the device has left.
+
+    On a CPU, what the machine has left, or the control group of this process where that is less.
+    """
     if device() is Device.CPU:
-        return int(psutil.virtual_memory().available)
+        available = int(psutil.virtual_memory().available)
+        allowed = cgroup.available_bytes()
+        return available if allowed is None else min(available, allowed)
     info = mx.device_info()
     limit = int(info.get("max_recommended_working_set_size") or info.get("memory_size") or 0)
     return max(0, limit - int(mx.get_active_memory()))
