@@ -9,12 +9,13 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
+from importlib import metadata
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from rest_shim.backend import Backend
-from rest_shim.callers import REQUEST_ID_HEADER, request_id_of
+from rest_shim.callers import ANTHROPIC_REQUEST_ID_HEADER, REQUEST_ID_HEADER, request_id_of
 from rest_shim.errors import (
     CoreError,
     Refusal,
@@ -29,12 +30,15 @@ from rest_shim.metrics import HttpMetrics
 from rest_shim.ollama.routes import OllamaRoutes
 from rest_shim.openai.routes import OpenAIRoutes
 from rest_shim.origins import check_host, cors_headers, preflight
-from rest_shim.routing import SPOKEN, Dialect, Handler, RouteTable
+from rest_shim.routing import Dialect, Handler, RouteTable
 from rest_shim.settings import Settings, is_loopback
 from rest_shim.status import StatusRoutes
 from rest_shim.wire import json_response
 
 log = logging.getLogger(__name__)
+
+# Says what runs here; /version speaks of the API that Ollama's clients look for.
+SERVER = f"osaurus/{metadata.version('osaurus')}"
 
 # How long a start on an exposed address waits for the core to say whether it asks for a key.
 _EXPOSURE_CHECK_SECONDS = 30.0
@@ -82,7 +86,9 @@ class RestShim:
 
     async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         """Every response passes here, streams and errors too."""
-        response.headers[REQUEST_ID_HEADER] = request_id_of(request)
+        for name in (REQUEST_ID_HEADER, ANTHROPIC_REQUEST_ID_HEADER):
+            response.headers[name] = request_id_of(request)
+        response.headers["Server"] = SERVER
         response.headers.update(cors_headers(request, self._settings))
 
     @web.middleware
@@ -137,7 +143,7 @@ class RestShim:
             return self._error(request, internal_refusal())
 
     def _error(self, request: web.Request, refusal: Refusal) -> web.Response:
-        dialect = request.get(SPOKEN) or self._table.dialect(request.path)
+        dialect = self._table.dialect(request)
         content_type = "application/json"
         match dialect:
             case Dialect.OLLAMA:

@@ -173,6 +173,14 @@ class Backend:
             self._records.DeleteRecord(request, timeout=self._lookup_timeout, metadata=caller.metadata())
         )
 
+    async def count_tokens(
+        self, request: inference_service_pb2.CountTokensRequest, caller: Caller
+    ) -> inference_service_pb2.CountTokensResponse:
+        """Count a prompt's tokens; the first use of a model loads it."""
+        return await _answer(
+            self._inference.CountTokens(request, timeout=self._timeout, metadata=caller.metadata())
+        )
+
     async def list_models(self, caller: Caller) -> Sequence[model_pb2.Model]:
         """All installed models, in the order of their ids."""
         request = inference_service_pb2.ListModelsRequest()
@@ -203,6 +211,16 @@ class Backend:
         """Take a model out of memory once the requests that use it have ended."""
         request = model_service_pb2.UnloadModelRequest(model=name)
         await _answer(self._models.UnloadModel(request, timeout=self._timeout, metadata=caller.metadata()))
+
+    async def copy_model(self, source: str, destination: str, caller: Caller) -> None:
+        """Give a model a second name."""
+        request = model_service_pb2.CopyModelRequest(source=source, destination=destination)
+        await _answer(self._models.CopyModel(request, timeout=self._timeout, metadata=caller.metadata()))
+
+    async def delete_model(self, name: str, caller: Caller) -> None:
+        """Delete an alias or a model."""
+        request = model_service_pb2.DeleteModelRequest(model=name)
+        await _answer(self._models.DeleteModel(request, timeout=self._timeout, metadata=caller.metadata()))
 
     async def is_serving(self) -> bool:
         """Whether the core answers its health check with SERVING."""

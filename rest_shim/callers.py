@@ -11,6 +11,8 @@ from rest_shim.backend import Caller
 from rest_shim.errors import Refusal
 
 REQUEST_ID_HEADER = "x-request-id"
+# Where Anthropic's clients look for it.
+ANTHROPIC_REQUEST_ID_HEADER = "request-id"
 
 _REQUEST_ID = web.RequestKey("request_id", str)
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:\-]{0,127}", re.ASCII)

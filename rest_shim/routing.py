@@ -1,11 +1,12 @@
 """Which paths there are, under which prefixes, and in which dialect each speaks.
 
-Every route answers bare and under /v1, /api and /v1/api, with and without a trailing slash.
+Every route answers bare and under /v1, /api and /v1/api, with and without a trailing slash. Where two
+dialects have a route of the same method and path, one of them says which requests are its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -15,8 +16,11 @@ from rest_shim.errors import not_implemented_refusal
 
 PREFIXES = ("/v1/api", "/api", "/v1")
 ANTHROPIC_PREFIX = "/anthropic/v1"
+# Anthropic's clients send it with every request, and nobody else does.
+ANTHROPIC_HEADER = "anthropic-version"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Claim = Callable[[web.Request], Awaitable[bool]]
 
 
 class Dialect(Enum):
@@ -27,7 +31,7 @@ class Dialect(Enum):
     ANTHROPIC = auto()
 
 
-# Set by a handler whose path two dialects share, once it knows which one the request speaks.
+# Which dialect a request speaks, once that is known, where two share its path.
 SPOKEN = web.RequestKey("dialect", Dialect)
 
 
@@ -40,12 +44,14 @@ class Route:
         path: Path pattern as aiohttp writes them.
         handler: What answers.
         dialect: How its errors look.
+        claims: Where another dialect has the same method and path: whether a request is this one's.
     """
 
     method: str
     path: str
     handler: Handler
     dialect: Dialect
+    claims: Claim | None = None
 
 
 class RouteTable:
@@ -63,14 +69,18 @@ class RouteTable:
 
     def register(self, router: web.UrlDispatcher) -> None:
         """Add every route under every prefix."""
+        shared: dict[tuple[str, str], list[Route]] = {}
         for route in self._routes:
-            extra = (ANTHROPIC_PREFIX,) if route.dialect is Dialect.ANTHROPIC else ()
-            for prefix in ("", *PREFIXES, *extra):
-                for path in _spellings(prefix, route.path):
-                    if route.method == "GET":
-                        router.add_get(path, route.handler, allow_head=True)
+            shared.setdefault((route.method, route.path), []).append(route)
+        for (method, pattern), routes in shared.items():
+            handler = _dispatch(routes)
+            is_anthropic = any(route.dialect is Dialect.ANTHROPIC for route in routes)
+            for prefix in ("", *PREFIXES, *((ANTHROPIC_PREFIX,) if is_anthropic else ())):
+                for path in _spellings(prefix, pattern):
+                    if method == "GET":
+                        router.add_get(path, handler, allow_head=True)
                     else:
-                        router.add_route(route.method, path, route.handler)
+                        router.add_route(method, path, handler)
 
     def find(self, path: str) -> list[Route]:
         """The routes of a request's path, one a method; empty where there are none."""
@@ -84,14 +94,17 @@ class RouteTable:
         found = self.find(path)
         return found[0].path.replace(":.+}", "}") if found else "unmatched"
 
-    def dialect(self, path: str) -> Dialect:
-        """Whose error shape an answer on this path has."""
-        found = self.find(path)
-        if found:
+    def dialect(self, request: web.Request) -> Dialect:
+        """Whose error shape an answer to this request has."""
+        spoken: Dialect | None = request.get(SPOKEN)
+        if spoken is not None:
+            return spoken
+        found = self.find(request.path)
+        if found and all(route.claims is None for route in found):
             return found[0].dialect
-        if path.startswith(f"{ANTHROPIC_PREFIX}/"):
+        if is_anthropic(request):
             return Dialect.ANTHROPIC
-        return Dialect.OLLAMA if path.startswith("/api/") else Dialect.OPENAI
+        return Dialect.OLLAMA if request.path.startswith("/api/") else Dialect.OPENAI
 
     def methods(self, path: str) -> set[str]:
         """The methods of a path."""
@@ -108,6 +121,11 @@ def strip_prefix(path: str) -> str:
     return path.rstrip("/") or "/"
 
 
+def is_anthropic(request: web.Request) -> bool:
+    """Whether a client of Anthropic's API sent a request."""
+    return ANTHROPIC_HEADER in request.headers or request.path.startswith(f"{ANTHROPIC_PREFIX}/")
+
+
 def later(method: str, path: str, dialect: Dialect, what: str) -> Route:
     """A route whose work is not in this release: 501 instead of 404, so that nobody hunts a typo."""
 
@@ -115,6 +133,23 @@ def later(method: str, path: str, dialect: Dialect, what: str) -> Route:
         raise not_implemented_refusal(what)
 
     return Route(method, path, refuse, dialect)
+
+
+def _dispatch(routes: Sequence[Route]) -> Handler:
+    """One handler for all routes of a method and path: the first that claims a request answers it."""
+    if len(routes) == 1:
+        return routes[0].handler
+    *claiming, default = sorted(routes, key=lambda route: route.claims is None)
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        for route in claiming:
+            if route.claims is not None and await route.claims(request):
+                request[SPOKEN] = route.dialect
+                return await route.handler(request)
+        request[SPOKEN] = default.dialect
+        return await default.handler(request)
+
+    return handle
 
 
 def _spellings(prefix: str, path: str) -> tuple[str, ...]:

@@ -65,9 +65,10 @@ def json_response(
     )
 
 
-def sse_frame(value: object) -> bytes:
-    """One server-sent event."""
-    return f"data: {dump(value)}\n\n".encode("ascii")
+def sse_frame(value: object, event: str = "") -> bytes:
+    """One server-sent event; with its name where it has one."""
+    name = f"event: {event}\n" if event else ""
+    return f"{name}data: {dump(value)}\n\n".encode("ascii")
 
 
 def ndjson_line(value: object) -> bytes:
@@ -78,7 +79,7 @@ def ndjson_line(value: object) -> bytes:
 class HttpStream:
     """A streamed response, begun by its first frame.
 
-    An async context manager: inside it, where keep_alive_seconds is given, a comment is sent
+    An async context manager: inside it, where keep_alive_seconds is given, keep_alive_frame is sent
     whenever nothing else was for so long. That begins the response too: a client behind a proxy
     must see a byte even while a model loads. A client that stops reading blocks send(); its
     connection is cut after timeout_seconds and a little, in which the core's own deadline shows.
@@ -91,12 +92,14 @@ class HttpStream:
         *,
         timeout_seconds: float,
         keep_alive_seconds: float | None = None,
+        keep_alive_frame: bytes = SSE_KEEP_ALIVE,
     ) -> None:
         self._request = request
         self._response = web.StreamResponse(headers=headers)
         if not request.keep_alive:
             del self._response.headers["Connection"]
         self._keep_alive_seconds = keep_alive_seconds
+        self._keep_alive_frame = keep_alive_frame
         self._loop = asyncio.get_running_loop()
         self._last_sent = self._loop.time()
         self._starting = asyncio.Lock()
@@ -172,7 +175,7 @@ class HttpStream:
                 await self._start()
                 async with self._starting:
                     self._last_sent = self._loop.time()
-                    await self._response.write(SSE_KEEP_ALIVE)
+                    await self._response.write(self._keep_alive_frame)
             except ConnectionError:
                 # The client left; the request's own task learns of it by being cancelled.
                 return
