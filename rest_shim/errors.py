@@ -10,9 +10,10 @@ the core, or of a core that is not ours.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http import HTTPStatus
 
 FAILED_TEXT = "The server failed to answer this request; its log has the details."
@@ -85,11 +86,12 @@ class _Verdict:
     status: int
     kind: str
     code: str
-    param: str | None = None
+    # The offending field of the protobuf request, where the core names none.
+    field: str = ""
     # SDKs retry every 5xx and 409; "false" tells them that it is no use.
     is_retryable: bool = True
     needs_retry_after: bool = False
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 _INVALID = _Verdict(400, "invalid_request_error", "invalid_request")
@@ -99,17 +101,17 @@ _BUSY = _Verdict(429, "rate_limit_error", "rate_limit_exceeded", needs_retry_aft
 _NO_KEY = _Verdict(401, "authentication_error", "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 _TIMEOUT = _Verdict(504, "server_error", "request_timeout", is_retryable=False)
 _LATER = _Verdict(501, "server_error", "not_implemented", is_retryable=False)
-_NO_MODEL = _Verdict(404, "invalid_request_error", "model_not_found", param="model")
+_NO_MODEL = _Verdict(404, "invalid_request_error", "model_not_found", field="model")
 
 _BY_REASON: Mapping[str, _Verdict] = {
     "INVALID_FIELD": _INVALID,
     "CONTEXT_LENGTH_EXCEEDED": _Verdict(
-        400, "invalid_request_error", "context_length_exceeded", param="messages"
+        400, "invalid_request_error", "context_length_exceeded", field="messages"
     ),
     "MODEL_NOT_FOUND": _NO_MODEL,
     "RECORD_NOT_FOUND": _Verdict(404, "invalid_request_error", "not_found"),
     "UNSUPPORTED_CAPABILITY": _Verdict(400, "invalid_request_error", "unsupported_capability"),
-    "MODEL_UNUSABLE": _Verdict(500, "server_error", "model_unusable", param="model", is_retryable=False),
+    "MODEL_UNUSABLE": _Verdict(500, "server_error", "model_unusable", field="model", is_retryable=False),
     "OVERLOADED": _BUSY,
     "RATE_LIMITED": _BUSY,
     "INSUFFICIENT_MEMORY": _AWAY,
@@ -151,6 +153,7 @@ def refusal_from_core(error: CoreError, json_path: Callable[[str], str] = str) -
         message = error.message or FAILED_TEXT
     else:
         verdict, message = _BY_CODE.get(error.code, (_FAILED, FAILED_TEXT))
+    field = error.field or verdict.field
     headers = dict(verdict.headers)
     retry_after = error.retry_after_seconds
     if retry_after is None and verdict.needs_retry_after:
@@ -164,7 +167,7 @@ def refusal_from_core(error: CoreError, json_path: Callable[[str], str] = str) -
         message,
         kind=verdict.kind,
         code=verdict.code,
-        param=(json_path(error.field) if error.field else "") or verdict.param,
+        param=json_path(field) if field else None,
         headers=headers,
     )
 

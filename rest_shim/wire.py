@@ -18,6 +18,7 @@ from typing import Protocol, Self, TypeVar
 from aiohttp import web
 
 from rest_shim.errors import CoreError, Refusal, internal_refusal, refusal_from_core
+from rest_shim.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -179,6 +180,16 @@ class HttpStream:
             except ConnectionError:
                 # The client left; the request's own task learns of it by being cancelled.
                 return
+
+
+def event_stream(request: web.Request, settings: Settings) -> HttpStream:
+    """A stream of server-sent events, with comments while nothing else is sent."""
+    return HttpStream(
+        request,
+        SSE_HEADERS,
+        timeout_seconds=settings.request_timeout_seconds,
+        keep_alive_seconds=settings.keep_alive_interval_seconds,
+    )
 
 
 class Encoder(Protocol[_EventIn]):

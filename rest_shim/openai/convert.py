@@ -15,6 +15,7 @@ from typing import Literal, assert_never
 from osaurus_grpc.v1 import chat_pb2, model_pb2, sampling_pb2, usage_pb2
 from rest_shim.errors import Refusal
 from rest_shim.openai import schema
+from rest_shim.openai.sampling import sampling_params
 from rest_shim.wire import dump
 
 ROLES = {
@@ -25,11 +26,7 @@ ROLES = {
     "tool": chat_pb2.ROLE_TOOL,
 }
 
-# Keeps the most probable token only, which is what top_p 0 means; the core takes values above 0.
-SMALLEST_TOP_P = 1e-6
-
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
-_TOKEN_ID = re.compile(r"[0-9]{1,10}", re.ASCII)
 
 _TOOL_CHOICE_MODES = {
     "auto": chat_pb2.TOOL_CHOICE_MODE_AUTO,
@@ -63,7 +60,7 @@ def chat_request(body: schema.ChatBody) -> chat_pb2.ChatRequest:
         if body.tool_choice.function is not None:
             request.tool_choice.function_name = body.tool_choice.function.name
     if body.response_format is not None:
-        _set_response_format(request, body.response_format)
+        set_response_format(request.response_format, body.response_format)
     if body.chat_template_kwargs is not None:
         request.chat_template_kwargs_json = dump(body.chat_template_kwargs)
     if body.reasoning_effort == "none":
@@ -95,27 +92,11 @@ def _check(body: schema.ChatBody) -> None:
 
 
 def _sampling(body: schema.ChatBody) -> sampling_pb2.SamplingParams:
-    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    return sampling_pb2.SamplingParams(
-        temperature=body.temperature,
-        top_p=None if body.top_p is None else max(body.top_p, SMALLEST_TOP_P),
-        top_k=None if body.top_k is None else max(body.top_k, 0),
-        min_p=body.min_p,
-        repetition_penalty=body.repetition_penalty,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        logit_bias={_token_id(key): value for key, value in body.logit_bias.items()},
-        seed=body.seed,
-        max_tokens=limit,
-        stop=body.stop,
+    return sampling_params(
+        body,
+        max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-
-
-def _token_id(key: str) -> int:
-    if not _TOKEN_ID.fullmatch(key) or int(key) > schema.MAX_INT32:
-        raise Refusal(400, "Invalid 'logit_bias': keys must be token ids of the model.", param="logit_bias")
-    return int(key)
 
 
 def _message(message: schema.Message, path: str) -> chat_pb2.Message:
@@ -184,18 +165,23 @@ def _tool(tool: schema.Tool) -> chat_pb2.Tool:
     )
 
 
-def _set_response_format(request: chat_pb2.ChatRequest, wanted: schema.ResponseFormat) -> None:
+def set_response_format(target: chat_pb2.ResponseFormat, wanted: schema.ResponseFormat) -> None:
+    """Fill in the form of the answer; free text leaves it unset.
+
+    Raises:
+        Refusal: A json_schema format without its definition.
+    """
     match wanted.type:
         case "text":
             return
         case "json_object":
-            request.response_format.json_object.SetInParent()
+            target.json_object.SetInParent()
         case "json_schema":
             definition = wanted.json_schema
             if definition is None:
                 path = "response_format.json_schema"
                 raise Refusal(400, f"Missing required parameter: '{path}'.", param=path)
-            request.response_format.json_schema.CopyFrom(
+            target.json_schema.CopyFrom(
                 chat_pb2.JsonSchemaFormat(
                     name=definition.name,
                     schema_json=dump(definition.definition),

@@ -12,15 +12,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag
 
 from rest_shim.bodies import TAG_PREFIX, Body, Integer
+from rest_shim.openai.sampling import SamplingFields, TokenCount
 
-MAX_INT32 = 2**31 - 1
-MAX_INT64 = 2**63 - 1
 MAX_CHOICES = 16
 MAX_MESSAGES = 16_384
 MAX_PARTS = 4_096
 MAX_TOOLS = 1_024
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 1024
 MAX_TOP_LOGPROBS = 20
 
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
@@ -165,39 +162,13 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-def _stops(value: object) -> object:
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list):
-        raise ValueError("must be a string or a list of strings")
-    return value
-
-
-StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-TokenCount = Annotated[Integer, Field(ge=1, le=MAX_INT32)]
-
-
-class ChatBody(Body):
+class ChatBody(SamplingFields):
     """POST /chat/completions."""
 
     model: ModelName
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    # -1 is vLLM's way to say "off".
-    top_k: Annotated[Integer, Field(ge=-1, le=MAX_INT32)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
-    seed: Annotated[Integer, Field(ge=-MAX_INT64 - 1, le=MAX_INT64)] | None = None
     max_tokens: TokenCount | None = None
     max_completion_tokens: TokenCount | None = None
-    stop: Annotated[
-        list[StopText], BeforeValidator(_stops), Field(default_factory=list, max_length=MAX_STOPS)
-    ]
     logprobs: bool = False
     top_logprobs: Annotated[Integer, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     n: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None

@@ -16,11 +16,15 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from osaurus_grpc.v1 import (
     chat_pb2,
+    completion_pb2,
+    embedding_pb2,
     inference_service_pb2,
     inference_service_pb2_grpc,
     model_pb2,
     model_service_pb2,
     model_service_pb2_grpc,
+    record_service_pb2,
+    record_service_pb2_grpc,
     sampling_pb2,
     usage_pb2,
 )
@@ -31,6 +35,16 @@ FINGERPRINT = "fp_0123456789"
 
 StreamScript = Callable[
     [chat_pb2.ChatStreamRequest, grpc.aio.ServicerContext], AsyncIterator[chat_pb2.ChatStreamResponse]
+]
+CompleteScript = Callable[
+    [completion_pb2.CompleteRequest, grpc.aio.ServicerContext], Awaitable[completion_pb2.CompleteResponse]
+]
+CompleteStreamScript = Callable[
+    [completion_pb2.CompleteStreamRequest, grpc.aio.ServicerContext],
+    AsyncIterator[completion_pb2.CompleteStreamResponse],
+]
+EmbedScript = Callable[
+    [embedding_pb2.EmbedRequest, grpc.aio.ServicerContext], Awaitable[embedding_pb2.EmbedResponse]
 ]
 ChatScript = Callable[[chat_pb2.ChatRequest, grpc.aio.ServicerContext], Awaitable[chat_pb2.ChatResponse]]
 
@@ -150,7 +164,9 @@ def silent(*events: chat_pb2.ChatStreamResponse, gone: asyncio.Event | None = No
 
 
 class ScriptedCore(
-    inference_service_pb2_grpc.InferenceServiceServicer, model_service_pb2_grpc.ModelServiceServicer
+    inference_service_pb2_grpc.InferenceServiceServicer,
+    model_service_pb2_grpc.ModelServiceServicer,
+    record_service_pb2_grpc.RecordServiceServicer,
 ):
     """The servicers, with what they were asked."""
 
@@ -159,6 +175,10 @@ class ScriptedCore(
         self.events: Sequence[chat_pb2.ChatStreamResponse] = tuple(answer("I'm", " doing"))
         self.stream_script: StreamScript | None = None
         self.chat_script: ChatScript | None = None
+        self.complete_script: CompleteScript | None = None
+        self.complete_stream_script: CompleteStreamScript | None = None
+        self.embed_script: EmbedScript | None = None
+        self.records: dict[tuple[str, str], record_service_pb2.Record] = {}
         self.models = [model()]
         self.requests: list[ProtoMessage] = []
         self.metadata: dict[str, str] = {}
@@ -214,6 +234,57 @@ class ScriptedCore(
         for event in self.events:
             yield event
 
+    async def Complete(  # noqa: N802 - the contract's name
+        self, request: completion_pb2.CompleteRequest, context: grpc.aio.ServicerContext
+    ) -> completion_pb2.CompleteResponse:
+        await self._note(request, context)
+        assert self.complete_script is not None
+        return await self.complete_script(request, context)
+
+    async def CompleteStream(  # noqa: N802 - the contract's name
+        self, request: completion_pb2.CompleteStreamRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[completion_pb2.CompleteStreamResponse]:
+        await self._note(request, context)
+        assert self.complete_stream_script is not None
+        async for event in self.complete_stream_script(request, context):
+            yield event
+
+    async def Embed(  # noqa: N802 - the contract's name
+        self, request: embedding_pb2.EmbedRequest, context: grpc.aio.ServicerContext
+    ) -> embedding_pb2.EmbedResponse:
+        await self._note(request, context)
+        assert self.embed_script is not None
+        return await self.embed_script(request, context)
+
+    async def PutRecord(  # noqa: N802 - the contract's name
+        self, request: record_service_pb2.PutRecordRequest, context: grpc.aio.ServicerContext
+    ) -> record_service_pb2.PutRecordResponse:
+        await self._note(request, context)
+        self.records[request.collection, request.record.id] = request.record
+        return record_service_pb2.PutRecordResponse()
+
+    async def GetRecord(  # noqa: N802 - the contract's name
+        self, request: record_service_pb2.GetRecordRequest, context: grpc.aio.ServicerContext
+    ) -> record_service_pb2.GetRecordResponse:
+        await self._note(request, context)
+        found = self.records.get((request.collection, request.id))
+        if found is None:
+            await self.refuse_record(request.id, context)
+        return record_service_pb2.GetRecordResponse(record=found)
+
+    async def DeleteRecord(  # noqa: N802 - the contract's name
+        self, request: record_service_pb2.DeleteRecordRequest, context: grpc.aio.ServicerContext
+    ) -> record_service_pb2.DeleteRecordResponse:
+        await self._note(request, context)
+        if self.records.pop((request.collection, request.id), None) is None:
+            await self.refuse_record(request.id, context)
+        return record_service_pb2.DeleteRecordResponse()
+
+    async def refuse_record(self, record_id: str, context: grpc.aio.ServicerContext) -> None:
+        await abort(
+            context, grpc.StatusCode.NOT_FOUND, "RECORD_NOT_FOUND", f"There is no record {record_id}."
+        )
+
     async def LoadModel(  # noqa: N802 - the contract's name
         self, request: model_service_pb2.LoadModelRequest, context: grpc.aio.ServicerContext
     ) -> model_service_pb2.LoadModelResponse:
@@ -237,6 +308,7 @@ class ScriptedCore(
         server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(self, server)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(self, server)
+        record_service_pb2_grpc.add_RecordServiceServicer_to_server(self, server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         self.address = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
         await self.set_serving(True)

@@ -11,6 +11,7 @@ from osaurus_grpc.v1 import chat_pb2, sampling_pb2, usage_pb2
 from rest_shim.bodies import validate
 from rest_shim.errors import Refusal
 from rest_shim.openai import convert, schema
+from rest_shim.openai.sampling import SMALLEST_TOP_P
 
 from ..scripted_core import ID, MODEL, model, response
 
@@ -46,7 +47,7 @@ def test_a_plain_request_leaves_every_setting_to_the_core() -> None:
         ({"temperature": 0}, {"temperature": 0.0}),
         ({"temperature": 1.5}, {"temperature": 1.5}),
         ({"top_p": 0.5}, {"top_p": 0.5}),
-        ({"top_p": 0}, {"top_p": convert.SMALLEST_TOP_P}),
+        ({"top_p": 0}, {"top_p": SMALLEST_TOP_P}),
         ({"top_k": 40}, {"top_k": 40}),
         ({"top_k": 0}, {"top_k": 0}),
         ({"top_k": -1}, {"top_k": 0}),
