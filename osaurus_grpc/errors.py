@@ -11,6 +11,7 @@
     │   ├── ModelUnusableError       FAILED_PRECONDITION  MODEL_UNUSABLE
     │   ├── ModelBusyError           ABORTED              MODEL_BUSY
     │   └── ModelExistsError         ALREADY_EXISTS       MODEL_EXISTS
+    ├── RecordNotFoundError          NOT_FOUND            RECORD_NOT_FOUND
     ├── SourceError
     │   ├── SourceUnavailableError   UNAVAILABLE          SOURCE_UNAVAILABLE
     │   ├── SourceInvalidError       FAILED_PRECONDITION  SOURCE_INVALID
@@ -149,6 +150,17 @@ class ModelExistsError(ModelError):
 
     code = "ALREADY_EXISTS"
     reason = "MODEL_EXISTS"
+
+
+class RecordNotFoundError(OsaurusError):
+    """There is no record of that id, or no longer."""
+
+    code = "NOT_FOUND"
+    reason = "RECORD_NOT_FOUND"
+
+    def __init__(self, record: str) -> None:
+        super().__init__(f"Record not found: {record}", metadata={"record": record})
+        self.record = record
 
 
 class SourceError(OsaurusError):

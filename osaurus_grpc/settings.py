@@ -47,6 +47,9 @@ class Settings:
         keep_alive_seconds: Unload a model that was not used for so long; negative is never.
         dtype: "auto", or what weights are held in: "float32", "float16", "bfloat16", "native".
         blas_threads: Threads of the CPU's BLAS; 0 chooses.
+        max_records: Records that front ends may keep in the core; 0 keeps none.
+        max_record_bytes: Bytes of all those records together.
+        record_ttl_seconds: How long a record is kept whose caller does not say.
         api_keys: Bearer keys that callers must show; none turns authentication off.
         insecure_expose: Allow another address than loopback without a key.
         drain_seconds: How long running requests may go on after SIGTERM.
@@ -75,6 +78,9 @@ class Settings:
     keep_alive_seconds: float = -1.0
     dtype: str = "auto"
     blas_threads: int = 0
+    max_records: int = 10_000
+    max_record_bytes: int = 256 * 2**20
+    record_ttl_seconds: int = 86_400
     api_keys: tuple[str, ...] = ()
     insecure_expose: bool = False
     drain_seconds: float = 30.0
@@ -190,6 +196,7 @@ def _add_limits(target: configargparse.ArgumentParser, defaults: Settings) -> No
         help="what weights are held in (default %(default)s)")  # fmt: skip
     add("--blas-threads", env_var="OSAURUS_BLAS_THREADS", type=whole(0, 1024), metavar="N",
         default=defaults.blas_threads, help="threads of the CPU's BLAS, 0 chooses")  # fmt: skip
+    _add_memory(target, defaults)
     add("--api-key", env_var="OSAURUS_API_KEY", action="append", default=[], metavar="KEY",
         help="bearer key that callers must show; may be repeated; better given as OSAURUS_API_KEY, "
         "which other users of the machine cannot see")  # fmt: skip
@@ -205,6 +212,19 @@ def _add_limits(target: configargparse.ArgumentParser, defaults: Settings) -> No
         help="loopback port of the core's Prometheus metrics (default off)")  # fmt: skip
     add("--log-level", env_var="OSAURUS_LOG_LEVEL", default=defaults.log_level,
         choices=("debug", "info", "warning", "error"), help="(default %(default)s)")  # fmt: skip
+
+
+def _add_memory(target: configargparse.ArgumentParser, defaults: Settings) -> None:
+    """Declare what the core remembers for callers."""
+    add = target.add_argument
+    add("--max-records", env_var="OSAURUS_MAX_RECORDS", type=whole(0), default=defaults.max_records,
+        metavar="N", help="stored answers kept in memory, 0 for none (default %(default)s)")  # fmt: skip
+    add("--max-record-bytes", env_var="OSAURUS_MAX_RECORD_BYTES", type=whole(0, 2**62), metavar="N",
+        default=defaults.max_record_bytes,
+        help="of all stored answers together (default %(default)s)")  # fmt: skip
+    add("--record-ttl-seconds", env_var="OSAURUS_RECORD_TTL_SECONDS", type=whole(1), metavar="S",
+        default=defaults.record_ttl_seconds,
+        help="how long a stored answer is kept (default %(default)s)")  # fmt: skip
 
 
 def from_namespace(values: argparse.Namespace) -> Settings:
@@ -230,6 +250,9 @@ def from_namespace(values: argparse.Namespace) -> Settings:
         keep_alive_seconds=values.keep_alive_seconds,
         dtype=values.dtype,
         blas_threads=values.blas_threads,
+        max_records=values.max_records,
+        max_record_bytes=values.max_record_bytes,
+        record_ttl_seconds=values.record_ttl_seconds,
         api_keys=tuple(values.api_key),
         insecure_expose=values.insecure_expose,
         drain_seconds=values.drain_seconds,

@@ -34,18 +34,21 @@ from osaurus_grpc.server.inference import InferenceService
 from osaurus_grpc.server.interceptors import CallInterceptor, Keys
 from osaurus_grpc.server.listing import Listing
 from osaurus_grpc.server.models import ModelService
+from osaurus_grpc.server.records import RecordService, RecordStore
 from osaurus_grpc.server.reflection import add_reflection
 from osaurus_grpc.settings import Settings, is_loopback
 from osaurus_grpc.telemetry import Telemetry
-from osaurus_grpc.v1 import inference_service_pb2, model_service_pb2
+from osaurus_grpc.v1 import inference_service_pb2, model_service_pb2, record_service_pb2
 from osaurus_grpc.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from osaurus_grpc.v1.model_service_pb2_grpc import add_ModelServiceServicer_to_server
+from osaurus_grpc.v1.record_service_pb2_grpc import add_RecordServiceServicer_to_server
 
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 
 _SERVICES: Final = (
     inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
     model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+    record_service_pb2.DESCRIPTOR.services_by_name["RecordService"].full_name,
 )
 # "" is the server as a whole.
 _HEALTH_NAMES: Final = ("", *_SERVICES)
@@ -175,6 +178,10 @@ class Core:
             InferenceService(listing=listing, residency=self.residency, generation=generation), server
         )
         add_ModelServiceServicer_to_server(ModelService(listing=listing, residency=self.residency), server)
+        records = RecordStore(max_records=settings.max_records, max_bytes=settings.max_record_bytes)
+        add_RecordServiceServicer_to_server(
+            RecordService(records, default_seconds=settings.record_ttl_seconds), server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         add_reflection(server, (*_SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name))
         return server

@@ -17,6 +17,7 @@ class Call:
     Attributes:
         request_id: The caller's x-request-id, or one of ours.
         method: Its name in the contract, for example "ChatStream".
+        caller: Tells callers with different keys apart, without telling the key; "" where keys are off.
         model: The listed id of its model, once that is known.
         prompt_tokens: Tokens of its rendered prompt.
         completion_tokens: Tokens generated so far, over all choices.
@@ -26,6 +27,7 @@ class Call:
 
     request_id: str
     method: str
+    caller: str = ""
     model: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0

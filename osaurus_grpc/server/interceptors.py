@@ -8,6 +8,7 @@ count. Health passes untouched; reflection only shows its key.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import logging
 import re
@@ -55,10 +56,14 @@ class Keys:
     def __init__(self, keys: Sequence[str]) -> None:
         self._keys = tuple(key.encode() for key in keys)
 
-    def require(self, context: Context) -> None:
-        """Raise UnauthenticatedError where keys are on and the call shows none of them."""
+    def require(self, context: Context) -> str:
+        """Who calls: a hash of the key that is shown, or "" where keys are off.
+
+        Raises:
+            UnauthenticatedError: Keys are on and the call shows none of them.
+        """
         if not self._keys:
-            return
+            return ""
         authorization = _metadata_value(context, "authorization")
         if authorization[: len(_BEARER)].lower() != _BEARER:
             raise UnauthenticatedError("This server asks for a bearer key, and the call carries none.")
@@ -66,6 +71,7 @@ class Keys:
         # Every key is compared, so that the time taken does not tell which one came close.
         if not sum(hmac.compare_digest(shown, key) for key in self._keys):
             raise UnauthenticatedError("The bearer key is not one of this server's.")
+        return hashlib.sha256(shown).hexdigest()
 
 
 def _metadata_value(context: Context, key: str) -> str:
@@ -200,7 +206,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         failure: OsaurusError | None = None
         try:
             # Read before the call counts as in progress: a drain does not wait for refused calls.
-            self._keys.require(context)
+            call.caller = self._keys.require(context)
             if self._calls.is_draining:
                 raise DrainingError
             with self._calls.enter(call):

@@ -22,12 +22,14 @@ from osaurus_grpc.errors import (
     InvalidRequestError,
     ModelError,
     OsaurusError,
+    RecordNotFoundError,
 )
 from osaurus_grpc.server.convert import duration_from_seconds
 from osaurus_grpc.server.validation import FieldViolation, FieldViolationsError
 
 ERROR_DOMAIN: Final = "osaurus.ai"
 MODEL_RESOURCE_TYPE: Final = "osaurus.ai/Model"
+RECORD_RESOURCE_TYPE: Final = "osaurus.ai/Record"
 MAX_MESSAGE_CHARACTERS: Final = 320
 MAX_VALUE_CHARACTERS: Final = 128
 MAX_VIOLATIONS: Final = 8
@@ -67,14 +69,19 @@ def _details(error: OsaurusError) -> list[ProtoMessage]:
         delay = duration_from_seconds(error.retry_after_seconds)
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     if isinstance(error, ModelError):
-        details.append(
-            error_details_pb2.ResourceInfo(
-                resource_type=MODEL_RESOURCE_TYPE,
-                resource_name=_cut(error.model, MAX_VALUE_CHARACTERS),
-                description=_cut(error.message, MAX_VALUE_CHARACTERS),
-            )
-        )
+        details.append(_resource(MODEL_RESOURCE_TYPE, error.model, error))
+    if isinstance(error, RecordNotFoundError):
+        details.append(_resource(RECORD_RESOURCE_TYPE, error.record, error))
     return details
+
+
+def _resource(kind: str, name: str, error: OsaurusError) -> ProtoMessage:
+    resource: ProtoMessage = error_details_pb2.ResourceInfo(
+        resource_type=kind,
+        resource_name=_cut(name, MAX_VALUE_CHARACTERS),
+        description=_cut(error.message, MAX_VALUE_CHARACTERS),
+    )
+    return resource
 
 
 def status_from_error(error: OsaurusError) -> grpc.Status:

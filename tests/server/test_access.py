@@ -28,7 +28,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-SERVICES = ("", "osaurus.v1.InferenceService", "osaurus.v1.ModelService")
+SERVICES = ("", "osaurus.v1.InferenceService", "osaurus.v1.ModelService", "osaurus.v1.RecordService")
 LIST = inference_service_pb2.ListModelsRequest()
 
 
@@ -202,6 +202,7 @@ async def test_reflection(core: Core, version: str) -> None:
             "grpc.reflection.v1alpha.ServerReflection",
             "osaurus.v1.InferenceService",
             "osaurus.v1.ModelService",
+            "osaurus.v1.RecordService",
         ]
 
 
