@@ -31,6 +31,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from osaurus_grpc.engine.prompt_cache import PromptCache
 from osaurus_grpc.engine.sampling import BatchSampler, LogprobRow, RowSampler
 from osaurus_grpc.engine.types import Token, TokenLogprob
+from osaurus_grpc.errors import OsaurusError
 
 # Recurrent states and the offsets of some caches are rebound every step without being evaluated and
 # would grow a graph without bound (mlx-lm #1672); evaluating them this often keeps it short.
@@ -52,13 +53,14 @@ class Decoded:
 
     Attributes:
         uid: The sequence.
-        token: The new token; None where the sequence ended with its end-of-sequence token.
-        end: None while the sequence goes on, else "stop" or "length"; the row has left the batch.
+        token: The new token; None where the sequence ended with its end-of-sequence token, or failed.
+        end: None while the sequence goes on, else "stop", "length" or the error of a constraint that
+            failed; the row has left the batch.
     """
 
     uid: int
     token: Token | None
-    end: str | None
+    end: str | OsaurusError | None
 
 
 BatchEvent = Prefilled | Decoded
@@ -109,9 +111,15 @@ class _DecodeBatch(GenerationBatch):  # type: ignore[misc]  # mlx-lm ships no ty
             if self._matchers[i].advance(ids[i]):
                 events.append(Decoded(uid, None, "stop"))
                 continue
-            is_last = self._num_tokens[i] >= self.max_tokens[i]
-            events.append(Decoded(uid, _token(ids[i], details[i]), "length" if is_last else None))
-            if not is_last:
+            guard = self.samplers[i].guard
+            if guard is not None and guard.failure is not None:
+                events.append(Decoded(uid, None, guard.failure))
+                continue
+            end = "length" if self._num_tokens[i] >= self.max_tokens[i] else None
+            if guard is not None and guard.is_done:
+                end = "stop"
+            events.append(Decoded(uid, _token(ids[i], details[i]), end))
+            if end is None:
                 keep.append(i)
         if len(keep) < len(self.uids):
             for i in sorted(set(range(len(self.uids))) - set(keep)):

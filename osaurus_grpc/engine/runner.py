@@ -122,6 +122,7 @@ class Runner:
             top_logprobs=request.top_logprobs,
             seed=sequence.seed,
             vocab_size=self._vocab_size,
+            constraint=request.constraint,
         )
         uid, sequence.cached_tokens = self._batch.insert(
             sequence.prefill_tokens, sequence.tokens_left, sampler, ignore_eos=request.ignore_eos
@@ -167,6 +168,8 @@ class Runner:
                     sequence.strikes = 0
                 if end is not None:
                     self.scheduler.ended(sequence)
+                if isinstance(end, OsaurusError):
+                    return [(sequence, end)]
                 return [(sequence, said) for said in sequence.record(token, end, now)]
 
     def _recover(self) -> list[Delivery]:

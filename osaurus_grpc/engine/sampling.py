@@ -7,6 +7,10 @@ number, over the vocabulary or over the candidates that top_k, top_p and min_p l
 
 Rows of one kind are computed together: greedy rows by one argmax, plain rows by one cumulative sum,
 rows that truncate the distribution by one sort.
+
+A row under a constraint is sampled from what its mask leaves, after penalties and bias; the
+log-probabilities reported are those before the mask. Its mask needs the token that was fed, so a
+batch with such a row awaits that token here, while the pass that it is fed to already runs.
 """
 
 from __future__ import annotations
@@ -14,8 +18,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
-from osaurus_grpc.engine.types import SamplingParams
+import numpy as np
+
+from osaurus_grpc.engine.guard import Guard
+from osaurus_grpc.engine.types import Constraint, SamplingParams
 from osaurus_grpc.models.platform import mx
 
 # The largest float32 below 1: a draw that rounds to 1 would pass no cumulative sum.
@@ -132,6 +140,7 @@ class RowSampler:
         top_logprobs: As GenerationRequest.top_logprobs.
         seed: The resolved seed.
         vocab_size: Width of the logits.
+        constraint: As GenerationRequest.constraint.
     """
 
     def __init__(
@@ -143,8 +152,10 @@ class RowSampler:
         top_logprobs: int | None,
         seed: int,
         vocab_size: int,
+        constraint: Constraint | None = None,
     ) -> None:
         self.params = params
+        self.guard = None if constraint is None else Guard(constraint, generated)
         self.top_logprobs = None if top_logprobs is None else min(top_logprobs, vocab_size)
         self.is_greedy = params.temperature < _COLDEST_TEMPERATURE or params.top_k == 1
         self.truncates = not self.is_greedy and (
@@ -198,7 +209,7 @@ class BatchSampler:
     def sample(
         self, rows: Sequence[RowSampler], fed: mx.array, logits: mx.array
     ) -> tuple[mx.array, list[LogprobRow | None]]:
-        """Choose one token a row. Lazy: nothing is evaluated.
+        """Choose one token a row. Lazy; only where a row has a constraint, fed is awaited.
 
         Args:
             rows: One a row of the batch.
@@ -209,6 +220,9 @@ class BatchSampler:
             Token ids, uint32, shape (rows,), and the log-probabilities of the rows that asked.
         """
         self._plan(rows)
+        is_constrained = any(row.guard is not None for row in rows)
+        if is_constrained:
+            mx.async_eval(logits)  # type: ignore[no-untyped-call]  # MLX's stub
         logits = logits.astype(mx.float32)
         if any(row.penalties is not None for row in rows):
             logits = mx.stack(
@@ -217,7 +231,7 @@ class BatchSampler:
                     for i, row in enumerate(rows)
                 ]
             )
-        tokens = self._choose(rows, logits)
+        tokens = self._choose(rows, _masked(rows, fed, logits) if is_constrained else logits)
         details: list[LogprobRow | None] = [
             None if row.top_logprobs is None else _logprobs(logits[i], tokens[i], row.top_logprobs)
             for i, row in enumerate(rows)
@@ -261,6 +275,32 @@ class BatchSampler:
             parts.append(_sample_truncated(_take(logits, self._truncating), self._truncation, draws))
         tokens = parts[0] if len(parts) == 1 else mx.concatenate(parts)
         return tokens if self._order is None else tokens[self._order]
+
+
+def _masked(rows: Sequence[RowSampler], fed: mx.array, logits: mx.array) -> mx.array:
+    """Let the constraints see the tokens that were fed, and take out what they forbid next.
+
+    Args:
+        rows: One a row of the batch.
+        fed: Token ids, shape (rows,).
+        logits: float32, shape (rows, vocab_size).
+    """
+    vocab_size = logits.shape[1]
+    masks = np.full((len(rows), -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+    has_mask = False
+    for i, (row, token_id) in enumerate(zip(rows, cast("list[int]", fed.tolist()), strict=True)):
+        if row.guard is None:
+            continue
+        row.guard.feed(token_id)
+        mask = row.guard.mask()
+        if mask is not None:
+            masks[i], has_mask = mask, True
+    if not has_mask:
+        return logits
+    # Each byte of a mask, the lowest first, picks its eight summands of 0 or -inf.
+    table = mx.array(np.where(np.arange(256)[:, None] >> np.arange(8) & 1, 0.0, -np.inf), dtype=mx.float32)
+    summands = table[mx.array(masks.astype("<u4").view(np.uint8))]
+    return logits + summands.reshape(len(rows), -1)[:, :vocab_size]
 
 
 def _column(values: Sequence[float]) -> mx.array:

@@ -50,7 +50,7 @@ class Constraint(Protocol):
     """
 
     def accept(self, token_id: int) -> None:
-        """A token was generated; never one that ended the sequence."""
+        """A token was generated; one that ends the sequence is given too."""
         ...
 
     def mask(self) -> npt.NDArray[np.uint32] | None:
