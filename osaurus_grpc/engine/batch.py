@@ -15,7 +15,8 @@ from __future__ import annotations
 from osaurus_grpc.models.platform import mx  # isort: skip  # first: it loads the BLAS before MLX
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, cast
 
 import mlx.nn as nn
@@ -26,10 +27,11 @@ from mlx_lm.generate import (
     PromptProcessingBatch,
     StopSequences,
 )
-from mlx_lm.models.cache import make_prompt_cache
 
+from osaurus_grpc.engine.cache_layout import Row
 from osaurus_grpc.engine.prompt_cache import PromptCache
 from osaurus_grpc.engine.sampling import BatchSampler, LogprobRow, RowSampler
+from osaurus_grpc.engine.token_chain import Chain
 from osaurus_grpc.engine.types import Token, TokenLogprob
 from osaurus_grpc.errors import OsaurusError
 
@@ -206,6 +208,23 @@ def _token(token_id: int, detail: LogprobRow | None) -> Token:
     return Token(token_id, float(np.asarray(detail.chosen)), top)
 
 
+@dataclass(slots=True)
+class _Reuse:
+    """What is known of a sequence's place in the prompt cache.
+
+    Attributes:
+        chain: Names of its tokens.
+        found: Prompt tokens that were not computed but found.
+        stable_tokens: Of its stable beginning.
+        pauses: Tokens after which its prefill stops to have its state kept.
+    """
+
+    chain: Chain
+    found: int = 0
+    stable_tokens: int = 0
+    pauses: list[int] = field(default_factory=list)
+
+
 class Batch:
     """The running sequences of one model. Every method runs on the MLX thread.
 
@@ -213,7 +232,7 @@ class Batch:
         model: An mlx-lm model.
         end_tokens: Ids that end a sequence.
         batch_size: Rows at most.
-        prompt_cache: Where beginnings are found and kept; used where the model's caches allow it.
+        prompt_cache: Where beginnings are found and kept; None keeps none.
     """
 
     def __init__(
@@ -224,24 +243,36 @@ class Batch:
         prompt_cache: PromptCache | None = None,
     ) -> None:
         self._generator = _Generator(model, batch_size)
-        self._prompt_cache: PromptCache | None = None
-        if prompt_cache is not None and prompt_cache.supports(make_prompt_cache(model)):
-            self._prompt_cache = prompt_cache
-            self._generator._generation_batch.leaving = self._keep
-        # Prompt tokens of each prefilling row that were not computed but found.
-        self._found: dict[int, int] = {}
+        self._prompt_cache = prompt_cache
+        self._generator._generation_batch.leaving = self._keep_end
+        self._reuse: dict[int, _Reuse] = {}
         self._end = StopSequences([(token,) for token in end_tokens] or None)
         self._no_end = StopSequences(None)
         self._steps = 0
 
-    def match_length(self, prompt: Sequence[int]) -> int:
+    def match_length(self, chain: Chain, prompt: Sequence[int]) -> int:
         """Tokens at a prompt's beginning that need not be computed."""
-        return 0 if self._prompt_cache is None else self._prompt_cache.match_length(prompt)
+        return 0 if self._prompt_cache is None else self._prompt_cache.match_length(chain, prompt)
 
     def insert(
-        self, prompt: Sequence[int], max_tokens: int, sampler: RowSampler, *, ignore_eos: bool = False
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        sampler: RowSampler,
+        *,
+        ignore_eos: bool = False,
+        chain: Chain | None = None,
+        stable_tokens: int = 0,
     ) -> tuple[int, int]:
         """Add a sequence, to be prefilled from the next step on.
+
+        Args:
+            prompt: Its tokens.
+            max_tokens: Tokens to generate at most.
+            sampler: Chooses them.
+            ignore_eos: Generate max_tokens, whatever the model says.
+            chain: The prompt's names; None makes them.
+            stable_tokens: How many tokens at its beginning are likely to come again.
 
         Returns:
             Its uid, and how many of its prompt's tokens need not be computed.
@@ -249,18 +280,25 @@ class Batch:
         Raises:
             ValueError: An empty prompt, or a max_tokens below 1.
         """
-        prefix = None if self._prompt_cache is None else self._prompt_cache.lookup(prompt)
-        found = 0 if prefix is None else prefix.length
-        (uid,) = self._generator.insert(
-            [list(prompt[found:])],
+        reuse = _Reuse(chain.copy() if chain else Chain(), stable_tokens=stable_tokens)
+        caches = None
+        if self._prompt_cache is not None:
+            reuse.chain.extend(prompt)
+            prefix = self._prompt_cache.lookup(reuse.chain, prompt)
+            if prefix is not None:
+                reuse.found, caches = prefix.length, [prefix.caches]
+            reuse.pauses = self._prompt_cache.pauses(reuse.found, len(prompt), stable_tokens)
+        places = [reuse.found, *reuse.pauses, len(prompt)]
+        (uid,) = self._generator.insert_segments(
+            [[list(prompt[start:end]) for start, end in pairwise(places)]],
             max_tokens=[max_tokens],
-            caches=None if prefix is None else [prefix.caches],
-            all_tokens=[list(prompt[:found])],
+            caches=caches,
+            all_tokens=[list(prompt[: reuse.found])],
             samplers=[sampler],
             stop_sequences=[self._no_end if ignore_eos else self._end],
         )
-        self._found[uid] = found
-        return int(uid), found
+        self._reuse[uid] = reuse
+        return int(uid), reuse.found
 
     def remove(self, uid: int) -> None:
         """Drop a sequence at whatever stage it is; unknown uids are ignored.
@@ -270,24 +308,25 @@ class Batch:
         generator = self._generator
         for batch in (generator._generation_batch, generator._prompt_batch):
             if uid in batch.uids:
-                self._keep(batch, batch.uids.index(uid))
+                self._keep_end(batch, batch.uids.index(uid))
         generator.remove([uid])
-        self._found.pop(uid, None)
+        self._reuse.pop(uid, None)
 
-    def _keep(self, batch: _PromptBatch | _DecodeBatch, row: int) -> None:
+    def _keep_end(self, batch: _PromptBatch | _DecodeBatch, row: int) -> None:
+        """Keep a row that leaves, for requests that go on from where it ends."""
+        self._keep(batch, row, is_end=True)
+        self._reuse.pop(batch.uids[row], None)
+
+    def _keep(self, batch: _PromptBatch | _DecodeBatch, row: int, *, is_end: bool) -> None:
         """Keep a row's cache for requests that begin alike."""
-        tokens = batch.tokens[row]
-        if self._prompt_cache is None or not self._prompt_cache.is_missing(tokens):
-            return
-        caches = batch.prompt_cache
-        padding = caches[0].left_padding.tolist()[row]
-
-        def extract(start: int, end: int) -> list[mx.array]:
-            places = slice(padding + start, padding + end)
-            keys = [cache.keys[row, :, places] for cache in caches]
-            return keys + [cache.values[row, :, places] for cache in caches]
-
-        self._prompt_cache.store(tokens, extract)
+        reuse = self._reuse.get(batch.uids[row])
+        if self._prompt_cache is not None and reuse is not None:
+            self._prompt_cache.store(
+                reuse.chain,
+                Row(batch.prompt_cache, row, batch.tokens[row]),
+                stable_tokens=reuse.stable_tokens,
+                is_end=is_end,
+            )
 
     @property
     def nbytes(self) -> int:
@@ -326,20 +365,20 @@ class Batch:
         return [*decoded, *(self._prefilled(response) for response in prompts)]
 
     def _prefilled(self, response: PromptProcessingBatch.Response) -> Prefilled:
-        """A prompt's progress, what was found counted in; a whole prompt is kept."""
+        """A prompt's progress, what was found counted in; what is processed of it is kept."""
         uid = response.uid
         processed, total = response.progress
-        found = self._found[uid]
-        if response.end_of_prompt:
-            del self._found[uid]
-            batch = self._generator._generation_batch
-            self._keep(batch, batch.uids.index(uid))
-        return Prefilled(uid, processed + found, total + found)
+        reuse = self._reuse[uid]
+        generator = self._generator
+        batch = generator._generation_batch if response.end_of_prompt else generator._prompt_batch
+        processed, total = processed + reuse.found, total + reuse.found
+        self._keep(batch, batch.uids.index(uid), is_end=processed in reuse.pauses)
+        return Prefilled(uid, processed, total)
 
     def close(self) -> None:
         """Give up all sequences and free their caches; also after an exception."""
         self._generator.clear()
-        self._found.clear()
+        self._reuse.clear()
         mx.clear_cache()
         self._generator.close()
 

@@ -1,46 +1,59 @@
 """KV caches of prompts and answers, kept for requests that begin with the same tokens.
 
-Token sequences are cut into blocks. A block is named by a hash over its tokens and its
-predecessor's name, so equal beginnings share their blocks whatever request they came from, and a
-name stands for everything before it (the scheme of vLLM's automatic prefix caching, arXiv:2309.06180
-and its block hashes). A block owns its keys and values; nothing refers to a batch's tensors.
+A store of records under the names of token_chain:
 
-Only models whose layers all keep a plain KV cache take part: their cache of n tokens holds the
-caches of all shorter beginnings. Rotating and recurrent caches cannot be cut back.
+* a Piece for each whole block and each lane of layers that hold the same tokens. Blocks of layers with
+  a window are kept too, so that a sequence can be taken up wherever its last window is there;
+* an End for a sequence's last tokens: what of it fills no block, and the recurrent states, which
+  exist at exactly this place. Models with recurrent layers can be taken up at an End only.
+
+Records own their arrays, which are evaluated; nothing refers to a batch's tensors. Equal beginnings
+share their records, whatever requests they came from.
 """
 
 from __future__ import annotations
 
 from osaurus_grpc.models.platform import mx  # isort: skip  # first: it loads the BLAS before MLX
 
-import hashlib
-from array import array
+import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_lm.models.cache import BatchKVCache, KVCache
+from mlx_lm.models.cache import make_prompt_cache
 
-BLOCK_TOKENS = 16
+from osaurus_grpc.engine.cache_layout import CacheLayout, FoundCache, Lane, Row
+from osaurus_grpc.engine.kv_piece import Piece, cut, join
+from osaurus_grpc.engine.token_chain import BLOCK_TOKENS, Chain
+
+logger = logging.getLogger(__name__)
+
+# Tokens between two recurrent states that are kept of one prompt.
+CHECKPOINT_TOKENS = 1024
+# Plain caches grow by so many tokens.
+_ROOM_TOKENS = FoundCache.step
+# Of the store's bytes, what stable beginnings may keep others from.
+_STABLE_SHARE = 0.5
 
 
-class FoundCache(KVCache):  # type: ignore[misc]  # mlx-lm ships no types
-    """One layer's cache of a beginning that was found, with room for the tokens that follow.
+@dataclass(slots=True)
+class PromptCacheCounters:
+    """What all stores of a process did and hold.
 
-    Alone in a prompt batch, it becomes the batch's cache as it is: mlx-lm copies a cache to merge it
-    and again to lengthen it, and on a long conversation those copies are what a turn costs.
+    Attributes:
+        lookups: Prompts looked up.
+        hits: Those of which a beginning was found.
+        tokens_reused: Tokens of those beginnings.
+        evictions: Records dropped to make room.
+        nbytes: Bytes held.
     """
 
-    @classmethod
-    def merge(cls, caches: Sequence[KVCache]) -> BatchKVCache:
-        """The batch cache of these rows."""
-        if len(caches) > 1:
-            return BatchKVCache.merge(caches)
-        (only,) = caches
-        merged = BatchKVCache([0])
-        merged.state = only.keys, only.values, mx.array([only.offset]), merged.left_padding, only.offset
-        return merged
+    lookups: int = 0
+    hits: int = 0
+    tokens_reused: int = 0
+    evictions: int = 0
+    nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,132 +66,353 @@ class Prefix:
     """
 
     length: int
-    caches: list[FoundCache]
+    caches: list[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
-    """Keys and values of BLOCK_TOKENS tokens: shape (2 * layers, kv_heads, BLOCK_TOKENS, head_dim)."""
+class End:
+    """What is kept at the very end of a sequence.
 
-    state: mx.array
+    Attributes:
+        block: Name of the last whole block before it.
+        tail: Tokens after that block, fewer than a block has.
+        fronts: By lane, the tokens between the window's beginning and the next block's; lanes without
+            any are left out.
+        tails: By lane, the tokens of the tail that the lane holds.
+        states: By leaf, the arrays of its recurrent state.
+    """
+
+    block: bytes
+    tail: tuple[int, ...]
+    fronts: dict[int, Piece]
+    tails: dict[int, Piece]
+    states: dict[int, list[mx.array]]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All arrays."""
+        pieces = [*self.fronts.values(), *self.tails.values()]
+        return [array for piece in pieces for array in piece.arrays] + [
+            array for state in self.states.values() for array in state
+        ]
 
     @property
     def nbytes(self) -> int:
-        return int(self.state.nbytes)
+        """What it takes in memory."""
+        return sum(int(array.nbytes) for array in self.arrays)
+
+
+# (lane, block's name) of a Piece; (block's name, tail) of an End.
+BlockKey = tuple[int, bytes]
+EndKey = tuple[bytes, tuple[int, ...]]
+Key = BlockKey | EndKey
+
+
+@dataclass(slots=True)
+class _Held:
+    record: Piece | End
+    nbytes: int
+    is_stable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a sequence can be taken up: after so many tokens, and what that needs."""
+
+    length: int
+    blocks: int
+    end: EndKey | None
+    starts: tuple[int, ...] = field(default=())  # by lane, the first block
 
 
 class PromptCache:
-    """A bounded store of one model's blocks, least recently used first out.
+    """A bounded store of one model's records, least recently used first out.
+
+    Records of stable beginnings (system prompts and tools) go last, whatever their age, as long as they
+    take up no more than half of the store.
 
     Lives on the MLX thread.
 
     Args:
-        max_bytes: Of keys and values; 0 turns the store off.
+        layout: The kinds of the model's caches.
+        max_bytes: Of records; 0 keeps nothing.
+        bits: Quantize keys and values to 8 or 4 bits while they are kept; 0 keeps them as they are.
+        counters: Where to count.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(
+        self,
+        layout: CacheLayout,
+        max_bytes: int,
+        *,
+        bits: int = 0,
+        counters: PromptCacheCounters | None = None,
+    ) -> None:
+        self._layout = layout
         self._max_bytes = max_bytes
+        self._bits = bits
+        self._counters = counters or PromptCacheCounters()
+        self._records: dict[Key, _Held] = {}
+        # Oldest first. A block is always touched after its successors and after what only matters with
+        # it, so the oldest record is one that no other needs.
+        self._ordinary: OrderedDict[Key, None] = OrderedDict()
+        self._stable: OrderedDict[Key, None] = OrderedDict()
+        self._ends: dict[bytes, dict[tuple[int, ...], None]] = {}
         self._bytes = 0
-        # A block is always touched after its successors, so the oldest one has none: dropping it
-        # never leaves a block that cannot be reached.
-        self._blocks: OrderedDict[bytes, _Block] = OrderedDict()
+        self._stable_bytes = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values held."""
+        """Bytes held."""
         return self._bytes
 
-    @staticmethod
-    def supports(caches: Sequence[Any]) -> bool:
-        """Whether a model with these caches, one a layer, takes part."""
-        return bool(caches) and all(type(cache) is KVCache for cache in caches)
+    def pauses(self, start: int, length: int, stable_tokens: int) -> list[int]:
+        """Where a prefill must stop for store() to see a state that can be kept, in ascending order.
 
-    def match_length(self, tokens: Sequence[int]) -> int:
+        Args:
+            start: Tokens of the prompt that were found.
+            length: Tokens of the prompt.
+            stable_tokens: Of its stable beginning.
+        """
+        if self._layout.is_plain or not self._max_bytes:
+            return []
+        places = {stable_tokens, length - 1, *range(0, length, CHECKPOINT_TOKENS)}
+        return sorted(
+            {place // BLOCK_TOKENS * BLOCK_TOKENS for place in places if place >= BLOCK_TOKENS}
+            - {place for place in places if place <= start}
+        )
+
+    def match_length(self, chain: Chain, tokens: Sequence[int]) -> int:
         """Tokens at the beginning of a prompt that lookup() would find."""
-        return len(self._known(tokens)) * BLOCK_TOKENS
+        place = self._place(chain, tokens)
+        return place.length if place else 0
 
-    def lookup(self, tokens: Sequence[int]) -> Prefix | None:
+    def lookup(self, chain: Chain, tokens: Sequence[int]) -> Prefix | None:
         """The longest known beginning of a prompt, its last token left out: that one is always computed.
 
         The caches have room for the rest of the prompt and the first tokens of an answer.
-        """
-        names = self._known(tokens)
-        if not names:
-            return None
-        for name in reversed(names):
-            self._blocks.move_to_end(name)
-        length = len(names) * BLOCK_TOKENS
-        states = [self._blocks[name].state for name in names]
-        planes, heads, _, dim = states[0].shape
-        step = FoundCache.step
-        room = -(-(len(tokens) + 1) // step) * step - length
-        states.append(mx.zeros((planes, heads, room, dim), dtype=states[0].dtype))
-        # One array a layer, so that each can be written to in place.
-        arrays = [mx.contiguous(plane) for plane in mx.split(mx.concatenate(states, axis=2), planes)]
-        caches = []
-        for keys, values in zip(arrays[: planes // 2], arrays[planes // 2 :], strict=True):
-            cache = FoundCache()
-            cache.state = keys, values, length
-            caches.append(cache)
-        return Prefix(length, caches)
-
-    def is_missing(self, tokens: Sequence[int]) -> bool:
-        """Whether store() would add anything."""
-        names = list(_names(tokens))
-        return bool(self._max_bytes and names and names[-1] not in self._blocks)
-
-    def store(self, tokens: Sequence[int], extract: Callable[[int, int], list[mx.array]]) -> None:
-        """Keep what is new of a sequence's cache.
 
         Args:
-            tokens: The tokens whose keys and values are in the cache, in order.
-            extract: Gives the keys of all layers and then their values for the tokens from the first
-                argument up to the second, each of shape (kv_heads, tokens, head_dim).
+            chain: The prompt's names.
+            tokens: The prompt.
         """
-        names = list(_names(tokens))
-        known = 0
-        while known < len(names) and names[known] in self._blocks:
-            known += 1
-        start, end = known * BLOCK_TOKENS, len(names) * BLOCK_TOKENS
-        if start < end:
-            states = extract(start, end)
-            # Copies: a slice would keep the whole tensor, and with it the batch it came from.
-            added = [mx.contiguous(part) for part in mx.split(mx.stack(states), len(names) - known, axis=2)]
-            mx.eval(added)
-            for name, state in zip(names[known:], added, strict=True):
-                self._blocks[name] = _Block(state)
-                self._bytes += self._blocks[name].nbytes
-        for name in reversed(names):
-            self._blocks.move_to_end(name)
+        self._counters.lookups += 1
+        place = self._place(chain, tokens)
+        if place is None:
+            return None
+        self._counters.hits += 1
+        self._counters.tokens_reused += place.length
+        if place.end is not None:
+            self._touch(place.end)
+        for block in range(place.blocks - 1, -1, -1):
+            self._touch_block(chain.names[block], block, place.starts)
+        return Prefix(place.length, self._restore(chain, place, room=len(tokens) + 1))
+
+    def store(self, chain: Chain, row: Row, *, stable_tokens: int = 0, is_end: bool = False) -> None:
+        """Keep what is new of a row.
+
+        Args:
+            chain: Names of the row's tokens; it is brought up to date.
+            row: What a batch holds of a sequence.
+            stable_tokens: Of its stable beginning, 0 where it has none.
+            is_end: Keep an End as well, so that the sequence can be taken up just here.
+        """
+        if not self._max_bytes:
+            return
+        chain.extend(row.tokens)
+        blocks = len(row.tokens) // BLOCK_TOKENS
+        added: dict[Key, Piece | End] = {}
+        for number, lane in enumerate(self._layout.lanes):
+            added |= self._new_blocks(chain, row, number, lane)
+        end_key: EndKey | None = None
+        if is_end and blocks:
+            end_key = chain.names[blocks - 1], tuple(row.tokens[blocks * BLOCK_TOKENS :])
+            if end_key not in self._records and (end := self._new_end(row, end_key)):
+                added[end_key] = end
+        if added:
+            mx.eval([record.arrays for record in added.values()])
+        for key, record in added.items():
+            self._add(key, record)
+        if end_key in self._records:
+            assert end_key is not None
+            self._touch(end_key, is_stable=len(row.tokens) <= stable_tokens)
+        stable_blocks = stable_tokens // BLOCK_TOKENS
+        starts = [lane.start(len(row.tokens)) // BLOCK_TOKENS for lane in self._layout.lanes]
+        for block in range(blocks - 1, -1, -1):
+            self._touch_block(chain.names[block], block, starts, is_stable=block < stable_blocks)
         self._evict(self._max_bytes)
 
     def shrink(self, max_bytes: int) -> None:
-        """Drop the least recently used blocks until no more than so many bytes are held."""
+        """Drop the least useful records until no more than so many bytes are held."""
         self._evict(max_bytes)
 
     def clear(self) -> None:
         """Drop everything."""
-        self._blocks.clear()
-        self._bytes = 0
+        for key in list(self._records):
+            self._drop(key)
 
-    def _known(self, tokens: Sequence[int]) -> list[bytes]:
-        known = []
-        for name in _names(tokens[:-1]):
-            if name not in self._blocks:
-                break
-            known.append(name)
-        return known
+    # Finding.
+
+    def _place(self, chain: Chain, tokens: Sequence[int]) -> _Place | None:
+        """The last place at which every layer can be restored."""
+        if not self._records:
+            return None
+        best = None
+        limit = len(tokens) - 1
+        lanes = list(enumerate(self._layout.lanes))
+        firsts = [0] * len(lanes)  # by lane, the first of the blocks that are there up to here
+        for blocks, name in enumerate(chain.names[: limit // BLOCK_TOKENS], 1):
+            for number, lane in lanes:
+                if (number, name) not in self._records:
+                    if lane.window is None:
+                        return best
+                    firsts[number] = blocks
+            length = blocks * BLOCK_TOKENS
+            if not self._layout.states and all(
+                firsts[number] * BLOCK_TOKENS <= lane.start(length) for number, lane in lanes
+            ):
+                starts = tuple(lane.start(length) // BLOCK_TOKENS for _, lane in lanes)
+                best = _Place(length, blocks, None, starts)
+            for tail in self._ends.get(name, ()):
+                place = self._end_place(blocks, (name, tail), tokens, firsts)
+                if place and length + len(tail) <= limit and (best is None or place.length > best.length):
+                    best = place
+        return best
+
+    def _end_place(
+        self, blocks: int, key: EndKey, tokens: Sequence[int], firsts: Sequence[int]
+    ) -> _Place | None:
+        """The place of an End, where the tokens are its own and the blocks it needs are there."""
+        _, tail = key
+        start = blocks * BLOCK_TOKENS
+        length = start + len(tail)
+        if tuple(tokens[start:length]) != tail:
+            return None
+        starts = tuple(-(-lane.start(length) // BLOCK_TOKENS) for lane in self._layout.lanes)
+        if any(first > needed for first, needed in zip(firsts, starts, strict=True) if needed < blocks):
+            return None
+        return _Place(length, blocks, key, starts)
+
+    def _restore(self, chain: Chain, place: _Place, room: int) -> list[Any]:
+        """Caches at a place, with plain ones that have room for so many tokens in all."""
+        end = self._records[place.end].record if place.end is not None else None
+        assert end is None or isinstance(end, End)
+        planes: dict[int, mx.array] = {}
+        for number, (lane, start) in enumerate(zip(self._layout.lanes, place.starts, strict=True)):
+            pieces = [
+                record
+                for name in chain.names[start : place.blocks]
+                if isinstance(record := self._records[number, name].record, Piece)
+            ]
+            skip = 0
+            if end is None:
+                skip = lane.start(place.length) - start * BLOCK_TOKENS
+            else:
+                around = end.fronts.get(number), end.tails.get(number)
+                pieces = [piece for piece in (around[0], *pieces, around[1]) if piece is not None]
+            free = 0
+            if lane.window is None:
+                free = -(-room // _ROOM_TOKENS) * _ROOM_TOKENS - place.length
+            planes.update(join(pieces, skip=skip, room=free))
+        return self._layout.build(place.length, planes, end.states if end else {})
+
+    # Keeping.
+
+    def _new_blocks(self, chain: Chain, row: Row, number: int, lane: Lane) -> dict[Key, Piece | End]:
+        """Pieces of a row's whole blocks that are not there yet."""
+        length = len(row.tokens)
+        first, end = -(-lane.start(length) // BLOCK_TOKENS), length // BLOCK_TOKENS
+        if lane.window is None:  # a block's predecessors are there
+            start = end
+            while start > first and (number, chain.names[start - 1]) not in self._records:
+                start -= 1
+        else:
+            blocks = range(first, end)
+            start = next((i for i in blocks if (number, chain.names[i]) not in self._records), end)
+        if start >= end:
+            return {}
+        planes = row.planes(lane, start * BLOCK_TOKENS, end * BLOCK_TOKENS)
+        pieces = cut(planes, end - start, self._bits)
+        keys = [(number, name) for name in chain.names[start:end]]
+        return {key: piece for key, piece in zip(keys, pieces, strict=True) if key not in self._records}
+
+    def _new_end(self, row: Row, key: EndKey) -> End | None:
+        """What to keep at a row's end; None where a state is not there, or blocks say everything."""
+        length = len(row.tokens)
+        last_block = length // BLOCK_TOKENS * BLOCK_TOKENS
+        states = row.states(self._layout.states)
+        if states is None:
+            return None
+        fronts, tails = {}, {}
+        for number, lane in enumerate(self._layout.lanes):
+            start = lane.start(length)
+            first_block = min(-(-start // BLOCK_TOKENS) * BLOCK_TOKENS, last_block)
+            if start < first_block:
+                (fronts[number],) = cut(row.planes(lane, start, first_block), 1, self._bits)
+            if max(start, last_block) < length:
+                (tails[number],) = cut(row.planes(lane, max(start, last_block), length), 1, self._bits)
+        block, tail = key
+        return End(block, tail, fronts, tails, states) if fronts or tails or states else None
+
+    def _add(self, key: Key, record: Piece | End) -> None:
+        held = _Held(record, record.nbytes, is_stable=False)
+        self._records[key] = held
+        self._ordinary[key] = None
+        self._bytes += held.nbytes
+        self._counters.nbytes += held.nbytes
+        if isinstance(record, End):
+            self._ends.setdefault(record.block, {})[record.tail] = None
+
+    def _touch(self, key: Key, *, is_stable: bool = False) -> None:
+        """Make a record the newest."""
+        held = self._records[key]
+        if is_stable and not held.is_stable:
+            held.is_stable = True
+            self._stable_bytes += held.nbytes
+            del self._ordinary[key]
+            self._stable[key] = None
+        (self._stable if held.is_stable else self._ordinary).move_to_end(key)
+
+    def _touch_block(
+        self, name: bytes, block: int, starts: Sequence[int], *, is_stable: bool = False
+    ) -> None:
+        """Make the pieces of a block the newest, in lanes that begin with it or before."""
+        # Those with windows first: they are of no use without the others.
+        for number in reversed(range(len(starts))):
+            if block >= starts[number] and (number, name) in self._records:
+                self._touch((number, name), is_stable=is_stable)
 
     def _evict(self, max_bytes: int) -> None:
+        while self._stable_bytes > self._max_bytes * _STABLE_SHARE:
+            key, _ = self._stable.popitem(last=False)
+            held = self._records[key]
+            held.is_stable = False
+            self._stable_bytes -= held.nbytes
+            self._ordinary[key] = None
         while self._bytes > max_bytes:
-            _, block = self._blocks.popitem(last=False)
-            self._bytes -= block.nbytes
+            self._counters.evictions += 1
+            self._drop(next(iter(self._ordinary or self._stable)))
+
+    def _drop(self, key: Key) -> None:
+        held = self._records.pop(key)
+        del (self._stable if held.is_stable else self._ordinary)[key]
+        self._bytes -= held.nbytes
+        self._counters.nbytes -= held.nbytes
+        self._stable_bytes -= held.nbytes if held.is_stable else 0
+        if isinstance(held.record, End):
+            tails = self._ends[held.record.block]
+            del tails[held.record.tail]
+            if not tails:
+                del self._ends[held.record.block]
 
 
-def _names(tokens: Sequence[int]) -> Iterator[bytes]:
-    """Names of a sequence's whole blocks, in order."""
-    name = b""
-    for start in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
-        block = array("i", tokens[start : start + BLOCK_TOKENS]).tobytes()
-        name = hashlib.blake2b(name + block, digest_size=16).digest()
-        yield name
+def prompt_cache_of(
+    model: object, max_bytes: int, *, bits: int = 0, counters: PromptCacheCounters | None = None
+) -> PromptCache:
+    """A store for a model; one that keeps nothing where the model's caches cannot be reused."""
+    try:
+        layout = CacheLayout(make_prompt_cache(model))
+    except ValueError as error:
+        logger.info('event=prompt_cache_off reason="%s"', error)
+        layout, max_bytes = CacheLayout([]), 0
+    return PromptCache(layout, max_bytes, bits=bits, counters=counters)

@@ -60,7 +60,8 @@ class Runner:
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        sequence.cached_tokens = self._batch.match_length(sequence.prefill_tokens)
+        sequence.chain.extend(sequence.prefill_tokens)
+        sequence.cached_tokens = self._batch.match_length(sequence.chain, sequence.prefill_tokens)
         self.scheduler.waiting.append(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
@@ -125,7 +126,12 @@ class Runner:
             constraint=request.constraint,
         )
         uid, sequence.cached_tokens = self._batch.insert(
-            sequence.prefill_tokens, sequence.tokens_left, sampler, ignore_eos=request.ignore_eos
+            sequence.prefill_tokens,
+            sequence.tokens_left,
+            sampler,
+            ignore_eos=request.ignore_eos,
+            chain=sequence.chain,
+            stable_tokens=request.stable_prefix_tokens,
         )
         self.scheduler.started(sequence, uid)
         if sequence.admitted_at:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+from osaurus_grpc.engine.token_chain import Chain
 from osaurus_grpc.engine.types import (
     EngineEvent,
     GenerationFinished,
@@ -23,6 +24,7 @@ class Sequence:
     Attributes:
         request: What was asked.
         seed: The resolved seed.
+        chain: Names of its tokens, by which others that begin alike are found.
         generated: Token ids so far; the truth after an error, when the batch's own lists are not.
         uid: Its row in the batch; None while it waits.
         cached_tokens: Prompt tokens whose KV cache was found and not computed.
@@ -39,6 +41,7 @@ class Sequence:
     admitted_at: float = 0.0
     first_token_at: float = 0.0
     last_token_at: float = 0.0
+    chain: Chain = field(default_factory=Chain)
     generated: list[int] = field(default_factory=list)
     uid: int | None = None
     cached_tokens: int = 0

@@ -87,6 +87,8 @@ class GenerationRequest:
         ignore_eos: Generate to max_tokens, whatever the model says.
         constraint: What the answer may be; used by this request alone. A sequence whose constraint is
             done ends, with ignore_eos too.
+        stable_prefix_tokens: Tokens at the prompt's beginning that are likely to come again in other
+            requests, such as a system prompt and tools; their KV cache is kept longest.
     """
 
     request_id: str
@@ -97,6 +99,7 @@ class GenerationRequest:
     top_logprobs: int | None = None
     ignore_eos: bool = False
     constraint: Constraint | None = None
+    stable_prefix_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

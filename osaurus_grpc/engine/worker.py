@@ -17,7 +17,7 @@ from typing import TypeAlias
 from osaurus_grpc.engine import footprint
 from osaurus_grpc.engine.batch import Batch, self_test
 from osaurus_grpc.engine.memory import KVBudget, KVMemory
-from osaurus_grpc.engine.prompt_cache import PromptCache
+from osaurus_grpc.engine.prompt_cache import prompt_cache_of
 from osaurus_grpc.engine.runner import Delivery, Runner
 from osaurus_grpc.engine.scheduler import Scheduler
 from osaurus_grpc.models.platform import memory_bytes, mx
@@ -94,7 +94,7 @@ class Worker:
 
     def attach(self, model_id: str, model: object, end_tokens: tuple[int, ...], vocab_size: int) -> KVMemory:
         """Take a loaded model into service; returns its part of the KV budget. On the MLX thread only."""
-        prompt_cache = PromptCache(self._prompt_cache_bytes)
+        prompt_cache = prompt_cache_of(model, self._prompt_cache_bytes)
         memory = KVMemory(self._budget, footprint.measure(model), prompt_cache)
         self._budget.adapt(memory_bytes())
         scheduler = Scheduler(

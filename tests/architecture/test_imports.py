@@ -17,6 +17,8 @@ MLX_ROOMS = {
     "osaurus_grpc.engine.sampling",
     "osaurus_grpc.engine.prompt_cache",
     "osaurus_grpc.engine.footprint",  # reads shapes off the model's own caches
+    "osaurus_grpc.engine.cache_layout",  # takes rows out of mlx-lm's caches and puts them back
+    "osaurus_grpc.engine.kv_piece",  # cuts, joins and quantizes what was taken out
     "osaurus_grpc.models.residency",
     "osaurus_grpc.models.platform",
 }

@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.cache import (
+    BatchKVCache,
+    CacheList,
+    ChunkedKVCache,
+    ConcatenateKVCache,
+    KVCache,
+    QuantizedKVCache,
+)
 
-from osaurus_grpc.engine.prompt_cache import BLOCK_TOKENS, PromptCache
+from osaurus_grpc.engine.cache_layout import CacheLayout, Row
+from osaurus_grpc.engine.prompt_cache import PromptCache, PromptCacheCounters
+from osaurus_grpc.engine.token_chain import BLOCK_TOKENS, Chain
 from osaurus_grpc.engine.types import PrefillProgress, PrefillStarted, TokensGenerated
 from osaurus_grpc.models.platform import mx
 
@@ -22,96 +31,152 @@ BLOCK_BYTES = 2 * LAYERS * HEADS * BLOCK_TOKENS * HEAD_DIM * 4
 PLENTY = 64 * 2**20
 
 
-def keep(store: PromptCache, tokens: list[int]) -> None:
-    caches = caches_of(tokens)
-
-    def extract(start: int, end: int) -> list[mx.array]:
-        keys = [cache.keys[0, :, start:end] for cache in caches]
-        return keys + [cache.values[0, :, start:end] for cache in caches]
-
-    store.store(tokens, extract)
+def plain_store(max_bytes: int, **more: int) -> PromptCache:
+    return PromptCache(CacheLayout([KVCache() for _ in range(LAYERS)]), max_bytes, **more)
 
 
-def caches_of(tokens: list[int]) -> list[KVCache]:
-    """Caches whose values tell which token and place they belong to, in a buffer longer than filled."""
+def keep(store: PromptCache, tokens: list[int], **more: int) -> None:
+    """Store a row of a batch cache whose values tell which token and place they belong to."""
     caches = []
     for layer in range(LAYERS):
-        rows = np.zeros((1, HEADS, len(tokens) + 5, HEAD_DIM), np.float32)
-        for place, token in enumerate(tokens):
-            rows[0, :, place] = token * 1000 + place + layer / 10
-        cache = KVCache()
-        cache.state = mx.array(rows), mx.array(-rows), len(tokens)
+        cache = BatchKVCache([3])  # padded to the left, in a buffer longer than filled
+        rows = np.pad(rows_of(tokens, layer), ((0, 0), (0, 0), (3, 5), (0, 0)), constant_values=9)
+        cache.state = mx.array(rows), mx.array(-rows), mx.array([len(tokens)]), mx.array([3]), len(tokens) + 3
         caches.append(cache)
-    return caches
+    store.store(Chain(), Row(caches, 0, tokens), **more)
+
+
+def rows_of(tokens: list[int], layer: int) -> np.ndarray:
+    rows = np.zeros((1, HEADS, len(tokens), HEAD_DIM), np.float32)
+    for place, token in enumerate(tokens):
+        rows[0, :, place] = token * 1000 + place + layer / 10
+    return rows
+
+
+def match(store: PromptCache, tokens: list[int]) -> int:
+    return store.match_length(Chain(tokens), tokens)
 
 
 @settings(max_examples=100, deadline=None)
 @given(
     sequences=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=5), min_size=1, max_size=12),
     blocks=st.integers(1, 12),
+    ends=st.booleans(),
 )
-def test_what_is_found_is_what_was_stored(sequences: list[list[int]], blocks: int) -> None:
+def test_what_is_found_is_what_was_stored(sequences: list[list[int]], blocks: int, ends: bool) -> None:
     """Sequences over an alphabet of two blocks share beginnings and branch; the store holds a few."""
-    store = PromptCache(blocks * BLOCK_BYTES)
+    store = plain_store(blocks * BLOCK_BYTES)
     stored: list[list[int]] = []
     for pattern in sequences:
         tokens = [symbol * 7 + i % 3 for symbol in pattern for i in range(BLOCK_TOKENS)] + [1, 2, 3]
-        expected_most = max((_common(tokens[:-1], other) for other in stored), default=0)
-        length = store.match_length(tokens)
-        prefix = store.lookup(tokens)
+        prompt = [*tokens, 4]
+        expected_most = max((_common(prompt[:-1], other) for other in stored), default=0)
+        length = match(store, prompt)
+        prefix = store.lookup(Chain(prompt), prompt)
         assert length == (prefix.length if prefix else 0) <= expected_most
         if prefix is not None:
-            assert length < len(tokens)
-            for found, true in zip(prefix.caches, caches_of(tokens), strict=True):
+            for layer, found in enumerate(prefix.caches):
+                true = rows_of(prompt[:length], layer)
                 assert found.offset == length
-                np.testing.assert_array_equal(found.keys[:, :, :length], true.keys[:, :, :length])
-                np.testing.assert_array_equal(found.values[:, :, :length], true.values[:, :, :length])
-                assert found.keys.shape[2] > len(tokens)
-        keep(store, tokens)
+                np.testing.assert_array_equal(found.keys[:, :, :length], true)
+                np.testing.assert_array_equal(found.values[:, :, :length], -true)
+                assert found.keys.shape[2] > len(prompt)
+        keep(store, tokens, is_end=ends)
         stored.append(tokens)
         assert store.nbytes <= blocks * BLOCK_BYTES
-        if len(pattern) <= blocks:  # the newest is there whole
-            assert store.match_length([*tokens, 5]) == len(pattern) * BLOCK_TOKENS
-            assert not store.is_missing(tokens)
+        if len(pattern) + ends <= blocks:  # the newest is there whole
+            assert match(store, prompt) == (len(tokens) if ends else len(pattern) * BLOCK_TOKENS)
 
 
 def _common(left: list[int], right: list[int]) -> int:
     length = 0
     while length < min(len(left), len(right)) and left[length] == right[length]:
         length += 1
-    return length // BLOCK_TOKENS * BLOCK_TOKENS
+    return length
 
 
 def test_a_beginning_that_is_used_outlives_others() -> None:
-    store = PromptCache(4 * BLOCK_BYTES)
+    store = plain_store(4 * BLOCK_BYTES)
     system = [9] * BLOCK_TOKENS
     keep(store, system)
     for i in range(20):
         tokens = system + [i] * BLOCK_TOKENS
-        assert store.match_length([*tokens, 0]) == BLOCK_TOKENS
-        store.lookup(tokens)
+        assert match(store, [*tokens, 0]) == BLOCK_TOKENS
+        store.lookup(Chain(tokens), tokens)
         keep(store, tokens)
 
 
+def test_a_stable_beginning_outlives_newer_ones_that_are_not() -> None:
+    store = plain_store(4 * BLOCK_BYTES)
+    system = [9] * BLOCK_TOKENS + [8] * BLOCK_TOKENS
+    keep(store, [*system, *[7] * BLOCK_TOKENS], stable_tokens=len(system))
+    for i in range(10, 30):
+        keep(store, [i] * (5 * BLOCK_TOKENS))
+    assert match(store, [*system, *[7] * BLOCK_TOKENS, 0]) == len(system)
+    assert store.nbytes == 4 * BLOCK_BYTES
+
+
+def test_stable_beginnings_leave_half_of_the_store_to_others() -> None:
+    store = plain_store(4 * BLOCK_BYTES)
+    for i in range(10):
+        keep(store, [i] * BLOCK_TOKENS, stable_tokens=BLOCK_TOKENS)
+    keep(store, [20] * (2 * BLOCK_TOKENS))
+    for i in range(21, 24):
+        keep(store, [i] * (2 * BLOCK_TOKENS))
+        assert match(store, [i] * (2 * BLOCK_TOKENS + 1)) == 2 * BLOCK_TOKENS
+    assert [i for i in range(10) if match(store, [i] * (BLOCK_TOKENS + 1))] == [8, 9]
+
+
+def test_equal_beginnings_are_kept_once() -> None:
+    store = plain_store(PLENTY)
+    for i in range(5):
+        keep(store, [9] * (10 * BLOCK_TOKENS) + [i] * BLOCK_TOKENS)
+    assert store.nbytes == 15 * BLOCK_BYTES
+
+
 def test_the_last_token_is_always_computed() -> None:
-    store = PromptCache(PLENTY)
+    store = plain_store(PLENTY)
     tokens = [1] * (2 * BLOCK_TOKENS)
-    keep(store, tokens)
-    assert store.match_length(tokens) == BLOCK_TOKENS
-    assert store.match_length([*tokens, 1]) == 2 * BLOCK_TOKENS
+    keep(store, tokens, is_end=True)
+    assert match(store, tokens) == BLOCK_TOKENS
+    assert match(store, [*tokens, 1]) == 2 * BLOCK_TOKENS
 
 
-def test_only_plain_caches_take_part() -> None:
-    assert PromptCache.supports([KVCache(), KVCache()])
-    assert not PromptCache.supports([KVCache(), RotatingKVCache(max_size=8)])
-    assert not PromptCache.supports([])
-
-
-def test_a_store_of_nothing_stores_nothing() -> None:
-    store = PromptCache(0)
+def test_a_sequence_is_taken_up_just_where_it_ended() -> None:
+    store = plain_store(PLENTY)
     tokens = [1] * 40
-    assert not store.is_missing(tokens)
-    assert store.lookup(tokens) is None
+    keep(store, tokens, is_end=True)
+    assert match(store, [*tokens, 1]) == 40
+    assert match(store, [*tokens[:-1], 5, 1]) == 32
+
+
+@pytest.mark.parametrize("cache", [QuantizedKVCache(), ChunkedKVCache(8), ConcatenateKVCache()])
+def test_models_with_other_caches_take_no_part(cache) -> None:
+    with pytest.raises(ValueError, match="cannot be reused"):
+        CacheLayout([KVCache(), cache])
+    with pytest.raises(ValueError, match="cannot be reused"):
+        CacheLayout([CacheList(KVCache(), cache)])
+
+
+def test_a_subclass_of_a_known_cache_takes_no_part() -> None:
+    """It may hold more than is known of its parent."""
+
+    class Unknown(KVCache):
+        pass
+
+    with pytest.raises(ValueError, match="cannot be reused"):
+        CacheLayout([Unknown()])
+
+
+def test_clearing_drops_everything() -> None:
+    counters = PromptCacheCounters()
+    store = plain_store(PLENTY, counters=counters)
+    keep(store, [1] * 40, stable_tokens=16, is_end=True)
+    assert counters.nbytes == store.nbytes > 0
+    store.clear()
+    assert counters.nbytes == store.nbytes == match(store, [1] * 41) == 0
+    keep(store, [1] * 40)
+    assert match(store, [1] * 41) == 32
 
 
 async def test_random_conversations_answer_as_without_reuse() -> None:
@@ -171,11 +236,3 @@ async def test_reuse_shows_in_the_events() -> None:
         assert token_ids(first) == token_ids(again)
         last_progress = [event for event in again if isinstance(event, PrefillProgress)][-1]
         assert last_progress == PrefillProgress(90, 90)
-
-
-@pytest.mark.parametrize("kind", ["gemma3", "mamba2"])
-async def test_models_with_other_caches_are_served_without_reuse(kind) -> None:
-    async with running_engine(kind=kind, prompt_cache_bytes=PLENTY) as engine:
-        for _ in range(2):
-            events = await collect(engine, request(prompt=tuple(range(90)), max_tokens=3))
-            assert events[0].cached_tokens == 0
