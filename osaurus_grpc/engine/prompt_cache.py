@@ -176,11 +176,9 @@ class PromptCache:
         """
         if self._layout.is_plain or not self._max_bytes:
             return []
-        places = {stable_tokens, length - 1, *range(0, length, CHECKPOINT_TOKENS)}
-        return sorted(
-            {place // BLOCK_TOKENS * BLOCK_TOKENS for place in places if place >= BLOCK_TOKENS}
-            - {place for place in places if place <= start}
-        )
+        wanted = {stable_tokens, length - 1, *range(0, length, CHECKPOINT_TOKENS)}
+        places = {place // BLOCK_TOKENS * BLOCK_TOKENS for place in wanted if place < length}
+        return sorted(place for place in places if place > start)
 
     def match_length(self, chain: Chain, tokens: Sequence[int]) -> int:
         """Tokens at the beginning of a prompt that lookup() would find."""

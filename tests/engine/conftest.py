@@ -51,6 +51,43 @@ def tiny_model(kind: str = "llama") -> Any:
                 conv_kernel=4, n_groups=1, use_bias=False, use_conv_bias=True,
                 tie_word_embeddings=True, time_step_limit=(0.0, 100.0), time_step_rank="auto",
             )  # fmt: skip
+        case "gpt_oss":  # a window narrower than the others', experts, and sinks
+            from mlx_lm.models import gpt_oss as family
+
+            arguments = family.ModelArgs(
+                num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2, vocab_size=VOCAB,
+                hidden_size=32, intermediate_size=32, head_dim=8, num_attention_heads=4,
+                num_key_value_heads=2, sliding_window=24,
+            )  # fmt: skip
+        case "qwen3_next":  # recurrent layers beside plain ones
+            from mlx_lm.models import qwen3_next as family
+
+            arguments = family.ModelArgs(
+                model_type="qwen3_next", hidden_size=32, num_hidden_layers=2, intermediate_size=64,
+                num_attention_heads=4, linear_num_value_heads=4, linear_num_key_heads=2,
+                linear_key_head_dim=16, linear_value_head_dim=16, linear_conv_kernel_dim=4,
+                num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1,
+                shared_expert_intermediate_size=32, mlp_only_layers=[], moe_intermediate_size=32,
+                rms_norm_eps=1e-5, vocab_size=VOCAB, num_key_value_heads=2, rope_theta=10000.0,
+                partial_rotary_factor=0.5, max_position_embeddings=4096, head_dim=8,
+                full_attention_interval=2,
+            )  # fmt: skip
+        case "falcon_h1":  # a recurrent and a plain cache in every layer's list
+            from mlx_lm.models import falcon_h1 as family
+
+            arguments = family.ModelArgs(
+                head_dim=8, hidden_size=32, intermediate_size=64, mamba_d_head=8, mamba_d_ssm=32,
+                mamba_d_state=8, mamba_n_heads=4, num_attention_heads=4, num_hidden_layers=2,
+                num_key_value_heads=2, vocab_size=VOCAB, rope_theta=10000.0,
+            )  # fmt: skip
+        case "deepseek_v32":  # two plain caches in every layer's list, keys and values of other shapes
+            from mlx_lm.models import deepseek_v32 as family
+
+            arguments = family.ModelArgs(
+                vocab_size=VOCAB, hidden_size=32, index_head_dim=8, index_n_heads=2, index_topk=512,
+                intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+                kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, v_head_dim=8, qk_nope_head_dim=8,
+            )  # fmt: skip
         case _:
             raise ValueError(kind)
     model = family.Model(arguments)
