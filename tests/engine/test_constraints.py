@@ -214,9 +214,9 @@ async def test_a_constraint_survives_a_device_error() -> None:
         expected = [await answer(whole, one) for one in asked]
     failed: list[int] = []
 
-    def fails(call: int, rows: int) -> bool:
+    def fails(call: int, inputs: Any) -> bool:
         if call in (9, 23):
-            failed.append(rows)
+            failed.append(len(inputs))
         return call in (9, 23)
 
     async with running_engine(wrap=lambda model: Faulty(model, fails)) as broken:
