@@ -14,6 +14,7 @@ from importlib import metadata
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from rest_shim.anthropic.routes import AnthropicRoutes
 from rest_shim.backend import Backend
 from rest_shim.callers import ANTHROPIC_REQUEST_ID_HEADER, REQUEST_ID_HEADER, request_id_of
 from rest_shim.errors import (
@@ -71,6 +72,7 @@ class RestShim:
                 *StatusRoutes(backend, self._metrics).routes(),
                 *OpenAIRoutes(backend, settings).routes(),
                 *OllamaRoutes(backend, settings).routes(),
+                *AnthropicRoutes(backend, settings).routes(),
             )
         )
 

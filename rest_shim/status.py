@@ -32,8 +32,6 @@ class StatusRoutes:
             Route("GET", "/metrics", self.metrics, Dialect.OPENAI),
             later("GET", "/openapi.json", Dialect.OPENAI, "The OpenAPI description"),
             later("GET", "/ui", Dialect.OPENAI, "The web page"),
-            later("POST", "/messages", Dialect.ANTHROPIC, "Anthropic's Messages API"),
-            later("POST", "/messages/count_tokens", Dialect.ANTHROPIC, "Anthropic's token counting"),
         )
 
     async def running(self, _request: web.Request) -> web.StreamResponse:

@@ -256,6 +256,12 @@ class ScriptedCore(
         assert self.embed_script is not None
         return await self.embed_script(request, context)
 
+    async def CountTokens(  # noqa: N802 - the contract's name
+        self, request: inference_service_pb2.CountTokensRequest, context: grpc.aio.ServicerContext
+    ) -> inference_service_pb2.CountTokensResponse:
+        await self._note(request, context)
+        return inference_service_pb2.CountTokensResponse(token_count=42, context_length=131_072)
+
     async def PutRecord(  # noqa: N802 - the contract's name
         self, request: record_service_pb2.PutRecordRequest, context: grpc.aio.ServicerContext
     ) -> record_service_pb2.PutRecordResponse:
@@ -298,6 +304,22 @@ class ScriptedCore(
     ) -> model_service_pb2.UnloadModelResponse:
         await self._note(request, context)
         return model_service_pb2.UnloadModelResponse(was_loaded=True)
+
+    async def CopyModel(  # noqa: N802 - the contract's name
+        self, request: model_service_pb2.CopyModelRequest, context: grpc.aio.ServicerContext
+    ) -> model_service_pb2.CopyModelResponse:
+        await self._note(request, context)
+        if request.source not in {known.id for known in self.models}:
+            await self.refuse_model(request.source, context)
+        return model_service_pb2.CopyModelResponse(model=model(request.destination))
+
+    async def DeleteModel(  # noqa: N802 - the contract's name
+        self, request: model_service_pb2.DeleteModelRequest, context: grpc.aio.ServicerContext
+    ) -> model_service_pb2.DeleteModelResponse:
+        await self._note(request, context)
+        if request.model not in {known.id for known in self.models}:
+            await self.refuse_model(request.model, context)
+        return model_service_pb2.DeleteModelResponse()
 
     async def set_serving(self, is_serving: bool) -> None:
         status = health_pb2.HealthCheckResponse

@@ -140,8 +140,6 @@ class TestRoutes:
             ("POST", "/api/generate", "ollama"), ("POST", "/api/pull", "ollama"),
             ("DELETE", "/api/delete", "ollama"), ("POST", "/api/copy", "ollama"),
             ("POST", "/api/create", "ollama"), ("POST", "/api/embed", "ollama"),
-            ("POST", "/v1/messages", "anthropic"), ("POST", "/anthropic/v1/messages", "anthropic"),
-            ("POST", "/v1/messages/count_tokens", "anthropic"),
         ],
     )  # fmt: skip
     async def test_what_is_to_come_says_so(

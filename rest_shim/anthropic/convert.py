@@ -1,0 +1,317 @@
+"""Anthropic's JSON to protobuf; pure functions.
+
+A user message of Anthropic's holds text and the results of tools, in any order; the core has a message
+for each. The order is kept. Neighbouring user messages become one, as Anthropic does it; so do
+neighbouring assistant messages. Blocks of text are paragraphs, except the assistant's: its blocks
+are pieces of one answer, which it may be asked to continue.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterator, Sequence
+from typing import assert_never
+
+from osaurus_grpc.v1 import chat_pb2, sampling_pb2
+from rest_shim.anthropic import schema
+from rest_shim.errors import Refusal
+from rest_shim.wire import dump
+
+# Keeps the most probable token only, which is what top_p 0 means; the core takes values above 0.
+SMALLEST_TOP_P = 1e-6
+
+_PARAGRAPH = "\n\n"
+_ERROR_MARK = "Error: "
+
+_EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
+_TOOL_CHOICES = {
+    "auto": chat_pb2.TOOL_CHOICE_MODE_AUTO,
+    "any": chat_pb2.TOOL_CHOICE_MODE_REQUIRED,
+    "tool": chat_pb2.TOOL_CHOICE_MODE_FUNCTION,
+    "none": chat_pb2.TOOL_CHOICE_MODE_NONE,
+}
+_RESULT_TYPES = (schema.TextBlock, schema.ImageBlock, schema.DocumentBlock, schema.SearchResultBlock)
+
+
+def chat_request(body: schema.MessagesBody) -> chat_pb2.ChatRequest:
+    """The core's request for an answer.
+
+    Raises:
+        Refusal: A block stands where it must not, or cannot be used.
+    """
+    request = prompt_request(body)
+    request.sampling.CopyFrom(
+        sampling_pb2.SamplingParams(
+            temperature=body.temperature,
+            top_p=None if body.top_p is None else max(body.top_p, SMALLEST_TOP_P),
+            top_k=None if body.top_k is None else max(body.top_k, 0),
+            max_tokens=body.max_tokens,
+            stop=body.stop_sequences,
+        )
+    )
+    return request
+
+
+def prompt_request(body: schema.CountBody) -> chat_pb2.ChatRequest:
+    """The part of a request that the prompt is made of.
+
+    Raises:
+        Refusal: As chat_request.
+    """
+    request = chat_pb2.ChatRequest(
+        model=body.model,
+        messages=_conversation(body),
+        tools=[_tool(tool) for tool in body.tools],
+    )
+    _set_tool_choice(request, body)
+    _set_thinking(request, body)
+    if body.output_config is not None and body.output_config.format is not None:
+        request.response_format.json_schema.schema_json = dump(body.output_config.format.definition)
+    return request
+
+
+def shows_thinking(body: schema.CountBody) -> bool:
+    """Whether reasoning is part of the answer.
+
+    Only where it was asked for: a client that did not ask takes the first block to be the text.
+    """
+    return body.thinking is not None and body.thinking.type != "disabled"
+
+
+def omits_thinking(body: schema.CountBody) -> bool:
+    """Whether the blocks of reasoning are to be empty."""
+    return body.thinking is not None and body.thinking.display == "omitted"
+
+
+def _set_thinking(request: chat_pb2.ChatRequest, body: schema.CountBody) -> None:
+    thinking = body.thinking
+    if thinking is None or thinking.type == "disabled":
+        request.reasoning_enabled = False
+        return
+    if thinking.type == "enabled":
+        if thinking.budget_tokens is None:
+            path = "thinking.budget_tokens"
+            raise Refusal(400, f"Missing required parameter: '{path}'.", param=path)
+        request.reasoning_enabled = True
+        request.max_reasoning_tokens = thinking.budget_tokens
+    # "adaptive" leaves it to the model, so to its template's default.
+    if body.output_config is not None and body.output_config.effort is not None:
+        request.reasoning_effort = _EFFORTS[body.output_config.effort]
+
+
+def _set_tool_choice(request: chat_pb2.ChatRequest, body: schema.CountBody) -> None:
+    choice = body.tool_choice
+    if choice is None:
+        return
+    if choice.type in ("any", "tool") and not body.tools:
+        raise Refusal(400, "'tool_choice' is only allowed when 'tools' are given.", param="tool_choice")
+    if choice.type == "tool" and choice.name not in {tool.name for tool in body.tools}:
+        raise Refusal(400, "'tool_choice.name' is not in 'tools'.", param="tool_choice.name")
+    if not body.tools:
+        return
+    request.tool_choice.mode = _TOOL_CHOICES[choice.type]
+    if choice.type == "tool":
+        request.tool_choice.function_name = choice.name
+    if choice.disable_parallel_tool_use:
+        request.parallel_tool_calls = False
+
+
+def _tool(tool: schema.Tool) -> chat_pb2.Tool:
+    return chat_pb2.Tool(
+        function=chat_pb2.FunctionTool(
+            name=tool.name,
+            description=tool.description,
+            parameters_json=dump(tool.input_schema),
+            strict=tool.strict,
+        )
+    )
+
+
+def _conversation(body: schema.CountBody) -> list[chat_pb2.Message]:
+    turns: list[chat_pb2.Message] = []
+    if any(block.text for block in body.system):
+        text = _PARAGRAPH.join(block.text for block in body.system if block.text)
+        turns.append(_said(chat_pb2.ROLE_SYSTEM, text))
+    names: dict[str, str] = {}
+    for index, message in enumerate(body.messages):
+        path = f"messages[{index}].content"
+        match message.role:
+            case "assistant":
+                _add(turns, _assistant_turn(message.content, path, names))
+            case "system":
+                _add(turns, _system_turn(message.content, path))
+            case "user":
+                for turn in _user_turns(message.content, path, names):
+                    _add(turns, turn)
+            case _:
+                assert_never(message.role)
+    return turns
+
+
+def _said(role: chat_pb2.Role.ValueType, text: str) -> chat_pb2.Message:
+    return chat_pb2.Message(role=role, content=[chat_pb2.ContentPart(text=text)])
+
+
+def _add(turns: list[chat_pb2.Message], turn: chat_pb2.Message) -> None:
+    """Append a turn, or add it to the one before where the same side speaks on."""
+    before = turns[-1] if turns else None
+    if before is None or before.role != turn.role:
+        turns.append(turn)
+    elif turn.role == chat_pb2.ROLE_USER:
+        for part in turn.content:
+            _add_part(before, part, _PARAGRAPH)
+    elif turn.role == chat_pb2.ROLE_ASSISTANT and not before.tool_calls:
+        for part in turn.content:
+            _add_part(before, part, "")
+        before.tool_calls.extend(turn.tool_calls)
+        before.reasoning += turn.reasoning
+    else:
+        turns.append(turn)
+
+
+def _add_part(turn: chat_pb2.Message, part: chat_pb2.ContentPart, separator: str) -> None:
+    """Append a part; text that follows text is joined to it."""
+    last = turn.content[-1] if turn.content else None
+    if last is not None and last.WhichOneof("part") == part.WhichOneof("part") == "text":
+        last.text += separator + part.text
+    else:
+        turn.content.append(part)
+
+
+def _user_turns(
+    blocks: Sequence[schema.MessageBlock], path: str, names: dict[str, str]
+) -> Iterator[chat_pb2.Message]:
+    """The turns of a user message: what the user says, and a turn for each tool result."""
+    said = chat_pb2.Message(role=chat_pb2.ROLE_USER)
+    is_empty = True
+    for index, block in enumerate(blocks):
+        place = f"{path}[{index}]"
+        if isinstance(block, schema.ToolResultBlock):
+            if said.content:
+                yield said
+                said = chat_pb2.Message(role=chat_pb2.ROLE_USER)
+            is_empty = False
+            yield _tool_result(block, place, names)
+        elif isinstance(block, _RESULT_TYPES):
+            for part in _parts(block, place):
+                _add_part(said, part, _PARAGRAPH)
+        else:
+            raise Refusal(400, f"'{place}' is a block that only assistant messages have.", param=place)
+    if said.content:
+        yield said
+    elif is_empty:
+        raise Refusal(400, f"'{path}' must not be empty.", param=path)
+
+
+def _tool_result(block: schema.ToolResultBlock, path: str, names: dict[str, str]) -> chat_pb2.Message:
+    turn = chat_pb2.Message(
+        role=chat_pb2.ROLE_TOOL, tool_call_id=block.tool_use_id, name=names.get(block.tool_use_id, "")
+    )
+    if block.is_error:
+        # Chat templates have no other way to say so.
+        turn.content.add(text=_ERROR_MARK)
+    is_first = True
+    for index, item in enumerate(block.content):
+        for part in _parts(item, f"{path}.content[{index}]"):
+            _add_part(turn, part, "" if is_first else _PARAGRAPH)
+            is_first = False
+    if not turn.content:
+        turn.content.add(text="")
+    return turn
+
+
+def _system_turn(blocks: Sequence[schema.MessageBlock], path: str) -> chat_pb2.Message:
+    texts = []
+    for index, block in enumerate(blocks):
+        if not isinstance(block, schema.TextBlock):
+            place = f"{path}[{index}]"
+            raise Refusal(400, f"'{place}' is no text, and system messages hold text only.", param=place)
+        texts.append(block.text)
+    return _said(chat_pb2.ROLE_SYSTEM, _PARAGRAPH.join(text for text in texts if text))
+
+
+def _assistant_turn(
+    blocks: Sequence[schema.MessageBlock], path: str, names: dict[str, str]
+) -> chat_pb2.Message:
+    turn = chat_pb2.Message(role=chat_pb2.ROLE_ASSISTANT)
+    for index, block in enumerate(blocks):
+        match block:
+            case schema.TextBlock():
+                _add_part(turn, chat_pb2.ContentPart(text=block.text), "")
+            case schema.ThinkingBlock():
+                turn.reasoning += block.thinking
+            case schema.RedactedThinkingBlock():
+                pass
+            case schema.ToolUseBlock():
+                names[block.id] = block.name
+                call = chat_pb2.FunctionCall(name=block.name, arguments_json=dump(block.input))
+                turn.tool_calls.add(id=block.id, function=call)
+            case _:
+                place = f"{path}[{index}]"
+                raise Refusal(400, f"'{place}' is a block that only user messages have.", param=place)
+    if not turn.content and not turn.tool_calls:
+        turn.content.add(text="")
+    return turn
+
+
+def _parts(
+    block: schema.TextBlock | schema.ImageBlock | schema.DocumentBlock | schema.SearchResultBlock, path: str
+) -> Iterator[chat_pb2.ContentPart]:
+    """The parts of one block; none for an empty text."""
+    match block:
+        case schema.TextBlock():
+            if block.text:
+                yield chat_pb2.ContentPart(text=block.text)
+        case schema.ImageBlock():
+            yield chat_pb2.ContentPart(image=_image(block.source, f"{path}.source"))
+        case schema.DocumentBlock():
+            yield chat_pb2.ContentPart(text=_document_text(block, f"{path}.source"))
+        case schema.SearchResultBlock():
+            texts = (block.title, block.source, *(part.text for part in block.content))
+            yield chat_pb2.ContentPart(text="\n".join(text for text in texts if text))
+        case _:
+            assert_never(block)
+
+
+def _image(source: schema.ImageSource, path: str) -> chat_pb2.ImageContent:
+    if source.type != "base64":
+        raise Refusal(400, "Remote images are not fetched; send the image in base64.", param=path)
+    try:
+        data = base64.b64decode(source.data, validate=True)
+    except (binascii.Error, ValueError):
+        raise Refusal(400, f"Invalid '{path}.data': it is not valid base64.", param=f"{path}.data") from None
+    return chat_pb2.ImageContent(data=data, mime_type=source.media_type or "application/octet-stream")
+
+
+def _document_text(block: schema.DocumentBlock, path: str) -> str:
+    match block.source.type:
+        case "text":
+            text = block.source.data
+        case "content":
+            text = _PARAGRAPH.join(part.text for part in block.source.content)
+        case _:
+            raise Refusal(400, "Of documents, only those of plain text are supported.", param=path)
+    return "\n".join(part for part in (block.title, block.context, text) if part)
+
+
+def json_path(field: str) -> str:
+    """A field of the protobuf request as the path in Anthropic's JSON.
+
+    Messages have other places there, so that of a message no more is said than that it is one.
+    """
+    if field.startswith("messages"):
+        return "messages"
+    renamed = {
+        "sampling.stop": "stop_sequences",
+        "max_reasoning_tokens": "thinking.budget_tokens",
+        "reasoning_effort": "output_config.effort",
+        "tool_choice.function_name": "tool_choice.name",
+        "response_format.json_schema.schema_json": "output_config.format.schema",
+    }
+    for ours, theirs in renamed.items():
+        if field == ours or field.startswith(f"{ours}["):
+            return theirs + field.removeprefix(ours)
+    path = field.removeprefix("chat.").removeprefix("sampling.")
+    return re.sub(r"^(tools\[\d+\])\.function\.parameters_json", r"\1.input_schema", path)

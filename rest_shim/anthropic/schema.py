@@ -1,0 +1,252 @@
+"""What an Anthropic request may hold.
+
+Fields are those of Anthropic's Messages API as its Python SDK (2.12) declares them. What only their
+service can use (cache_control, metadata, service_tier, betas and so on) is ignored like unknown keys;
+what asks their service to do something (server tools, remote files) is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag
+
+from rest_shim.bodies import TAG_PREFIX, Body, Integer, verbatim
+
+MAX_INT32 = 2**31 - 1
+MAX_MESSAGES = 16_384
+MAX_BLOCKS = 16_384
+MAX_TOOLS = 1_024
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024
+
+_MAX_ECHO_CHARACTERS = 100
+
+ModelName = Annotated[str, StringConstraints(max_length=512)]
+CallId = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
+
+
+class TextBlock(Body):
+    """{"type": "text"}."""
+
+    text: str
+
+
+class ImageSource(Body):
+    """Where an image is; only its bytes in base64 are taken."""
+
+    type: str
+    media_type: str = ""
+    data: str = ""
+
+
+class ImageBlock(Body):
+    """{"type": "image"}."""
+
+    source: ImageSource
+
+
+def _blocks(value: object) -> object:
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of content blocks")
+    return value
+
+
+class DocumentSource(Body):
+    """Where a document is; only plain text and lists of blocks are taken."""
+
+    type: str
+    data: str = ""
+    content: Annotated[list[TextBlock], BeforeValidator(_blocks)] = Field(default_factory=list)
+
+
+class DocumentBlock(Body):
+    """{"type": "document"}: text that stands beside the conversation."""
+
+    source: DocumentSource
+    title: str = ""
+    context: str = ""
+
+
+class SearchResultBlock(Body):
+    """{"type": "search_result"}: what a client's own search found."""
+
+    source: str
+    title: str
+    content: list[TextBlock]
+
+
+class ToolUseBlock(Body):
+    """{"type": "tool_use"}: a call the assistant made."""
+
+    id: CallId
+    name: Annotated[str, StringConstraints(min_length=1)]
+    input: dict[str, Any]
+
+
+class ThinkingBlock(Body):
+    """{"type": "thinking"}: the assistant's reasoning; its signature is not looked at."""
+
+    thinking: str
+
+
+class RedactedThinkingBlock(Body):
+    """{"type": "redacted_thinking"}: reasoning that only Anthropic can read."""
+
+
+def _tag_of(kinds: frozenset[str], value: object) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return f"{TAG_PREFIX}{kind}" if isinstance(kind, str) and kind in kinds else None
+
+
+_RESULT_KINDS = frozenset({"text", "image", "document", "search_result"})
+_MESSAGE_KINDS = _RESULT_KINDS | {"tool_use", "tool_result", "thinking", "redacted_thinking"}
+
+ResultBlock = Annotated[
+    Annotated[TextBlock, Tag("~text")]
+    | Annotated[ImageBlock, Tag("~image")]
+    | Annotated[DocumentBlock, Tag("~document")]
+    | Annotated[SearchResultBlock, Tag("~search_result")],
+    Discriminator(
+        lambda value: _tag_of(_RESULT_KINDS, value),
+        custom_error_type="block",
+        custom_error_message="a tool result's block must be an object of the type 'text', 'image', "
+        "'document' or 'search_result'",
+    ),
+]
+
+
+class ToolResultBlock(Body):
+    """{"type": "tool_result"}: what a call gave."""
+
+    tool_use_id: CallId
+    content: Annotated[list[ResultBlock], BeforeValidator(_blocks), Field(max_length=MAX_BLOCKS)] = Field(
+        default_factory=list
+    )
+    is_error: bool = False
+
+
+MessageBlock = (
+    TextBlock
+    | ImageBlock
+    | DocumentBlock
+    | SearchResultBlock
+    | ToolUseBlock
+    | ToolResultBlock
+    | ThinkingBlock
+    | RedactedThinkingBlock
+)
+
+_TaggedBlock = Annotated[
+    Annotated[TextBlock, Tag("~text")]
+    | Annotated[ImageBlock, Tag("~image")]
+    | Annotated[DocumentBlock, Tag("~document")]
+    | Annotated[SearchResultBlock, Tag("~search_result")]
+    | Annotated[ToolUseBlock, Tag("~tool_use")]
+    | Annotated[ToolResultBlock, Tag("~tool_result")]
+    | Annotated[ThinkingBlock, Tag("~thinking")]
+    | Annotated[RedactedThinkingBlock, Tag("~redacted_thinking")],
+    Discriminator(
+        lambda value: _tag_of(_MESSAGE_KINDS, value),
+        custom_error_type="block",
+        custom_error_message="a content block must be an object of the type 'text', 'image', 'document', "
+        "'search_result', 'tool_use', 'tool_result', 'thinking' or 'redacted_thinking'; blocks of "
+        "Anthropic's server tools are not supported by this server",
+    ),
+]
+
+
+class Message(Body):
+    """One turn."""
+
+    role: Literal["user", "assistant", "system"]
+    content: Annotated[list[_TaggedBlock], BeforeValidator(_blocks), Field(max_length=MAX_BLOCKS)]
+
+
+def _tool_kind(value: object) -> object:
+    if value != "custom":
+        shown = value[:_MAX_ECHO_CHARACTERS] if isinstance(value, str) else "that is no text"
+        raise verbatim(
+            f"Tools of the type '{shown}' are not supported by this server, only custom tools "
+            "with an 'input_schema'."
+        )
+    return value
+
+
+class Tool(Body):
+    """A tool that the client runs."""
+
+    # The first field, so that a server tool is named as one before its missing schema is.
+    type: Annotated[str, BeforeValidator(_tool_kind)] = "custom"
+    name: ToolName
+    description: str = ""
+    input_schema: dict[str, Any]
+    strict: bool | None = None
+
+
+class ToolChoice(Body):
+    """How tools are chosen."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str = ""
+    disable_parallel_tool_use: bool = False
+
+
+class Thinking(Body):
+    """Whether the model reasons first, for how many tokens, and whether the client sees it."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Annotated[Integer, Field(ge=1, le=MAX_INT32)] | None = None
+    display: Literal["summarized", "omitted"] = "summarized"
+
+
+class OutputFormat(Body):
+    """A JSON Schema that the answer must satisfy."""
+
+    type: Literal["json_schema"]
+    definition: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(Body):
+    """How much effort an answer is worth, and its form."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
+
+
+def _no_servers(value: object) -> object:
+    if value:
+        raise verbatim("MCP servers are not called by this server; give their tools as 'tools'.")
+    return value
+
+
+_StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+
+
+class CountBody(Body):
+    """POST /messages/count_tokens, and what POST /messages shares with it."""
+
+    model: ModelName
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    system: Annotated[list[TextBlock], BeforeValidator(_blocks), Field(max_length=MAX_BLOCKS)] = Field(
+        default_factory=list
+    )
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    mcp_servers: Annotated[list[Any], BeforeValidator(_no_servers)] = Field(default_factory=list)
+
+
+class MessagesBody(CountBody):
+    """POST /messages."""
+
+    max_tokens: Annotated[Integer, Field(ge=1, le=MAX_INT32)]
+    stop_sequences: list[_StopText] = Field(default_factory=list, max_length=MAX_STOPS)
+    stream: bool = False
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[Integer, Field(ge=-1, le=MAX_INT32)] | None = None
