@@ -1,43 +1,38 @@
-"""Continuous batching of one model: the adapter around mlx-lm's BatchGenerator.
+"""Continuous batching of one model: sequences join, are prefilled in chunks, decode together, leave.
 
-This is the only module that touches mlx-lm's private parts, which change from release to release;
-mlx-lm is pinned, and self_test() proves at start-up that what is relied on still holds:
+The scheme is that of mlx-lm's BatchGenerator; the parts are prefill (rows with caches of their own)
+and decoding (one cache a layer for all rows). Beginnings are taken from a slot, which is a finished
+sequence's cache continued in place, or else from the prompt cache, whose blocks are copied. What was
+computed goes into the prompt cache between steps, never before a first token.
 
-* BatchGenerator keeps the rows of a batch, their caches and our per-row samplers aligned while
-  sequences join and leave; it left-pads, prefills in chunks and holds one decode step in flight.
-* Its prompt and decode batches are replaced by subclasses here. The decode batch samples all rows
-  at once with settings of their own, computes log-probabilities only for rows that asked, and hands
-  out no caches of finished rows (mlx-lm slices and synchronises every layer for them).
+mlx-lm's caches change from release to release; mlx-lm is pinned, and self_test() proves at start-up
+that a batch of them still gives what its rows give alone.
 """
 
 from __future__ import annotations
 
 from osaurus_grpc.models.platform import mx  # isort: skip  # first: it loads the BLAS before MLX
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import mlx.nn as nn
-import numpy as np
-from mlx_lm.generate import (
-    BatchGenerator,
-    GenerationBatch,
-    PromptProcessingBatch,
-    StopSequences,
-)
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import maybe_set_recommended_wired_limit
 
+from osaurus_grpc.engine import layers
+from osaurus_grpc.engine.batch_row import BatchRow
 from osaurus_grpc.engine.cache_layout import Row
-from osaurus_grpc.engine.prompt_cache import PromptCache
-from osaurus_grpc.engine.sampling import BatchSampler, LogprobRow, RowSampler
+from osaurus_grpc.engine.decoding import DecodeBatch
+from osaurus_grpc.engine.prefill import Prefill
+from osaurus_grpc.engine.prompt_cache import Prefix, PromptCache
+from osaurus_grpc.engine.sampling import RowSampler
+from osaurus_grpc.engine.slots import Slot
 from osaurus_grpc.engine.token_chain import Chain
-from osaurus_grpc.engine.types import Token, TokenLogprob
+from osaurus_grpc.engine.types import Token
 from osaurus_grpc.errors import OsaurusError
-
-# Recurrent states and the offsets of some caches are rebound every step without being evaluated and
-# would grow a graph without bound (mlx-lm #1672); evaluating them this often keeps it short.
-_STATE_EVALUATION_STEPS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,161 +63,12 @@ class Decoded:
 BatchEvent = Prefilled | Decoded
 
 
-class _DecodeBatch(GenerationBatch):  # type: ignore[misc]  # mlx-lm ships no types
-    """mlx-lm's decode batch with our sampling. Its samplers are RowSamplers, one a row."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Left:
+    """A row that left, and the slot with its caches."""
 
-    uids: list[int]
-    prompt_cache: list[Any]
-    tokens: list[list[int]]
-    samplers: list[RowSampler]
-    max_tokens: list[int]
-    _next_tokens: mx.array
-    _next_logprobs: list[LogprobRow | None]
-
-    def _step(self) -> tuple[list[int], list[LogprobRow | None]]:
-        # After mlx_lm.generate.GenerationBatch._step: the step for the next token is built and
-        # started before this step's token is awaited, so the device always has work.
-        fed = self._current_tokens = self._next_tokens
-        self._current_logprobs = self._next_logprobs
-        logits = self.model(fed[:, None], cache=self.prompt_cache)[:, -1, :]
-        sampler = self.__dict__.setdefault("_batch_sampler", BatchSampler())
-        tokens, details = sampler.sample(self.samplers, fed, logits)
-        self._next_tokens, self._next_logprobs = tokens, details
-        pending = [array for detail in details if detail is not None for array in detail.arrays()]
-        mx.async_eval(tokens, pending, self._penalty_states())  # type: ignore[no-untyped-call]  # MLX's stub
-        mx.eval(fed)
-        ids = cast("list[int]", fed.tolist())
-        for row, token in zip(self.tokens, ids, strict=True):
-            row.append(token)
-        return ids, self._current_logprobs
-
-    def _penalty_states(self) -> list[mx.array]:
-        return [
-            array for row in self.samplers if row.penalties is not None for array in row.penalties.state()
-        ]
-
-    def next(self) -> list[Decoded]:
-        """The tokens of the step that is due; rows that end leave the batch."""
-        if not self.uids:
-            return []
-        ids, details = self._step()
-        events: list[Decoded] = []
-        keep: list[int] = []
-        for i, uid in enumerate(self.uids):
-            self._num_tokens[i] += 1
-            if self._matchers[i].advance(ids[i]):
-                events.append(Decoded(uid, None, "stop"))
-                continue
-            guard = self.samplers[i].guard
-            if guard is not None and guard.failure is not None:
-                events.append(Decoded(uid, None, guard.failure))
-                continue
-            end = "length" if self._num_tokens[i] >= self.max_tokens[i] else None
-            if guard is not None and guard.is_done:
-                end = "stop"
-            events.append(Decoded(uid, _token(ids[i], details[i]), end))
-            if end is None:
-                keep.append(i)
-        if len(keep) < len(self.uids):
-            for i in sorted(set(range(len(self.uids))) - set(keep)):
-                self.leaving(self, i)
-            self.filter(keep)
-        return events
-
-    @staticmethod
-    def leaving(batch: _DecodeBatch, row: int) -> None:
-        """Called with each row that ended, before its cache is dropped; the batch's owner sets it."""
-
-
-class _PromptBatch(PromptProcessingBatch):  # type: ignore[misc]  # mlx-lm ships no types
-    """mlx-lm's prompt batch, which hands its rows to our decode batch."""
-
-    uids: list[int]
-    prompt_cache: list[Any]
-    tokens: list[list[int]]
-    samplers: list[RowSampler]
-    logits_processors: list[Any]
-    max_tokens: list[int]
-    stop_sequences: list[Any]
-
-    def split(self, indices: list[int]) -> _PromptBatch:
-        """Take rows out; without a copy of their caches where no row stays."""
-        if len(indices) < len(self.uids):
-            return cast("_PromptBatch", super().split(indices))
-        taken = self.__class__.__new__(self.__class__)
-        taken.__dict__.update(self.__dict__)
-        self._forget_rows()
-        return taken
-
-    def _forget_rows(self) -> None:
-        self.uids, self.prompt_cache, self.tokens = [], [], []
-        self.samplers, self.logits_processors, self.max_tokens, self.stop_sequences = [], [], [], []
-
-    def generate(self, tokens: list[list[int]]) -> _DecodeBatch:
-        if any(len(row) > 1 for row in tokens):
-            self.prompt([row[:-1] for row in tokens])
-        batch = _DecodeBatch(
-            self.model,
-            self.uids,
-            mx.array([row[-1] for row in tokens]),
-            self.prompt_cache,
-            self.tokens,
-            self.samplers,
-            self.fallback_sampler,
-            self.logits_processors,
-            self.stop_sequences,
-            self.max_tokens,
-        )
-        self._forget_rows()
-        return batch
-
-
-class _Generator(BatchGenerator):  # type: ignore[misc]  # mlx-lm ships no types
-    """mlx-lm's generator over our two batches."""
-
-    def __init__(self, model: nn.Module, batch_size: int) -> None:
-        super().__init__(model, completion_batch_size=batch_size, prefill_batch_size=batch_size)
-        self.clear()
-
-    def clear(self) -> None:
-        """Drop all sequences with their caches, whatever state an exception left them in."""
-        self._prompt_batch = _PromptBatch.empty(self.model, self.sampler)
-        self._generation_batch = _DecodeBatch.empty(self.model, self.sampler)
-        self._unprocessed_sequences.clear()
-        self._currently_processing.clear()
-
-    def _make_batch(self, n: int) -> _PromptBatch:
-        batch = super()._make_batch(n)
-        batch.__class__ = _PromptBatch  # same attributes, other generate()
-        return cast("_PromptBatch", batch)
-
-
-def _token(token_id: int, detail: LogprobRow | None) -> Token:
-    """A token with its log-probabilities, which were evaluated with it."""
-    if detail is None:
-        return Token(token_id)
-    ids, values = np.asarray(detail.top_ids), np.asarray(detail.top)
-    top = tuple(
-        TokenLogprob(int(i), float(value)) for i, value in zip(ids.tolist(), values.tolist(), strict=True)
-    )
-    return Token(token_id, float(np.asarray(detail.chosen)), top)
-
-
-@dataclass(slots=True)
-class _Reuse:
-    """What is known of a sequence's place in the prompt cache.
-
-    Attributes:
-        chain: Names of its tokens.
-        found: Prompt tokens that were not computed but found.
-        stable_tokens: Of its stable beginning.
-        pauses: Tokens after which its prefill stops to have its state kept.
-    """
-
-    chain: Chain
-    found: int = 0
-    stable_tokens: int = 0
-    pauses: list[int] = field(default_factory=list)
+    row: BatchRow
+    slot: Slot
 
 
 class Batch:
@@ -231,7 +77,7 @@ class Batch:
     Args:
         model: An mlx-lm model.
         end_tokens: Ids that end a sequence.
-        batch_size: Rows at most.
+        batch_size: Rows at most; what is beyond it must not be inserted.
         prompt_cache: Where beginnings are found and kept; None keeps none.
     """
 
@@ -242,13 +88,17 @@ class Batch:
         batch_size: int,
         prompt_cache: PromptCache | None = None,
     ) -> None:
-        self._generator = _Generator(model, batch_size)
+        self._model = model
+        self._end_tokens = frozenset(end_tokens)
+        self._batch_size = batch_size
         self._prompt_cache = prompt_cache
-        self._generator._generation_batch.leaving = self._keep_end
-        self._reuse: dict[int, _Reuse] = {}
-        self._end = StopSequences([(token,) for token in end_tokens] or None)
-        self._no_end = StopSequences(None)
-        self._steps = 0
+        self._prefill = Prefill(model)
+        self._decoding = DecodeBatch(model)
+        self._next_uid = 0
+        # What the prompt cache has no records of yet; the oldest first.
+        self._unsaved: deque[BatchRow | _Left] = deque()
+        # Weights that macOS may page out make every step slow (mlx-lm #652).
+        self._wired_limit = maybe_set_recommended_wired_limit()
 
     def match_length(self, chain: Chain, prompt: Sequence[int]) -> int:
         """Tokens at a prompt's beginning that need not be computed."""
@@ -280,107 +130,174 @@ class Batch:
         Raises:
             ValueError: An empty prompt, or a max_tokens below 1.
         """
-        reuse = _Reuse(chain.copy() if chain else Chain(), stable_tokens=stable_tokens)
-        caches = None
+        if not prompt or max_tokens < 1:
+            raise ValueError("a sequence needs a prompt and at least one token to generate")
+        chain = chain.copy() if chain else Chain()
+        prefix, pauses = None, []
         if self._prompt_cache is not None:
-            reuse.chain.extend(prompt)
-            prefix = self._prompt_cache.lookup(reuse.chain, prompt)
-            if prefix is not None:
-                reuse.found, caches = prefix.length, [prefix.caches]
-            reuse.pauses = self._prompt_cache.pauses(reuse.found, len(prompt), stable_tokens)
-        places = [reuse.found, *reuse.pauses, len(prompt)]
-        (uid,) = self._generator.insert_segments(
-            [[list(prompt[start:end]) for start, end in pairwise(places)]],
-            max_tokens=[max_tokens],
-            caches=caches,
-            all_tokens=[list(prompt[: reuse.found])],
-            samplers=[sampler],
-            stop_sequences=[self._no_end if ignore_eos else self._end],
+            chain.extend(prompt)
+            prefix = self._beginning(self._prompt_cache, chain, prompt)
+            found = prefix.length if prefix else 0
+            pauses = self._prompt_cache.pauses(found, len(prompt), stable_tokens)
+        found = prefix.length if prefix else 0
+        row = BatchRow(
+            uid=self._next_uid,
+            tokens=list(prompt[:found]),
+            pending=list(prompt[found:]),
+            sampler=sampler,
+            end_tokens=frozenset() if ignore_eos else self._end_tokens,
+            tokens_left=max_tokens,
+            prompt_tokens=len(prompt),
+            caches=prefix.caches if prefix else make_prompt_cache(self._model),
+            chain=chain,
+            stable_tokens=stable_tokens,
+            pauses=pauses,
         )
-        self._reuse[uid] = reuse
-        return int(uid), reuse.found
+        self._next_uid += 1
+        self._prefill.rows.append(row)
+        return row.uid, found
+
+    def _beginning(self, store: PromptCache, chain: Chain, prompt: Sequence[int]) -> Prefix | None:
+        """As much of a prompt as is known."""
+        slot = store.find_slot(chain, prompt)
+        if slot is None:
+            return store.lookup(chain, prompt)
+        for left in self._unsaved:
+            if isinstance(left, _Left) and left.slot is slot:
+                self._save(left)  # what is cut off may be somebody's next beginning
+                self._unsaved.remove(left)
+                break
+        return store.take(slot, prompt)
 
     def remove(self, uid: int) -> None:
         """Drop a sequence at whatever stage it is; unknown uids are ignored.
 
         What was computed of it is kept for the next request that begins alike.
         """
-        generator = self._generator
-        for batch in (generator._generation_batch, generator._prompt_batch):
-            if uid in batch.uids:
-                self._keep_end(batch, batch.uids.index(uid))
-        generator.remove([uid])
-        self._reuse.pop(uid, None)
-
-    def _keep_end(self, batch: _PromptBatch | _DecodeBatch, row: int) -> None:
-        """Keep a row that leaves, for requests that go on from where it ends."""
-        self._keep(batch, row, is_end=True)
-        self._reuse.pop(batch.uids[row], None)
-
-    def _keep(self, batch: _PromptBatch | _DecodeBatch, row: int, *, is_end: bool) -> None:
-        """Keep a row's cache for requests that begin alike."""
-        reuse = self._reuse.get(batch.uids[row])
-        if self._prompt_cache is not None and reuse is not None:
-            self._prompt_cache.store(
-                reuse.chain,
-                Row(batch.prompt_cache, row, batch.tokens[row]),
-                stable_tokens=reuse.stable_tokens,
-                is_end=is_end,
-            )
+        for row in self._decoding.rows:
+            if row.uid == uid:
+                self._leave([row])
+                return
+        for row in self._prefill.rows:
+            if row.uid == uid:
+                self._prefill.rows.remove(row)
+                self._retire(row, row.caches)
+                return
 
     @property
     def nbytes(self) -> int:
         """Bytes of all rows' caches, padding and room to grow included."""
-        return int(self._generator.prompt_cache_nbytes)
+        rows = (cache for row in self._prefill.rows for cache in row.caches)
+        return sum(int(cache.nbytes) for cache in (*rows, *self._decoding.caches))
 
     @property
     def prefilling(self) -> int:
         """Sequences whose prompt is not processed yet."""
-        return len(self._generator._prompt_batch) + len(self._generator._unprocessed_sequences)
+        return len(self._prefill.rows)
 
     @property
     def decoding(self) -> int:
         """Sequences that gain a token every step."""
-        return len(self._generator._generation_batch)
+        return len(self._decoding.rows)
 
     def __len__(self) -> int:
         return self.prefilling + self.decoding
 
     def step(self, prefill_tokens: int) -> list[BatchEvent]:
-        """One decode step of all rows, then one prefill chunk.
+        """One decode step of all rows, then prefill.
 
         Args:
             prefill_tokens: Tokens to prefill over all prompts, padding included, at least 1.
 
         Any exception leaves the batch undefined: it must be thrown away (close()).
         """
-        generator = self._generator
-        chunk = max(1, prefill_tokens // max(1, self.prefilling))
-        generator.prefill_step_size = chunk
-        generator._prompt_batch.prefill_step_size = chunk
-        prompts, decoded = generator.next()
-        self._steps += 1
-        if self._steps % _STATE_EVALUATION_STEPS == 0:
-            mx.eval([cache.state for cache in generator._generation_batch.prompt_cache])
-        return [*decoded, *(self._prefilled(response) for response in prompts)]
+        events = self.decode()
+        for row in self._prefill.step(prefill_tokens, self._decoding):
+            if row.pending and self._prompt_cache is not None and not self._prompt_cache.is_plain:
+                # Windows move on and states change: what is to be kept of them is kept now.
+                self._store(row, row.caches, 0, is_end=row.processed in row.pauses)
+            events.append(Prefilled(row.uid, row.processed, row.prompt_tokens))
+        return events
 
-    def _prefilled(self, response: PromptProcessingBatch.Response) -> Prefilled:
-        """A prompt's progress, what was found counted in; what is processed of it is kept."""
-        uid = response.uid
-        processed, total = response.progress
-        reuse = self._reuse[uid]
-        generator = self._generator
-        batch = generator._generation_batch if response.end_of_prompt else generator._prompt_batch
-        processed, total = processed + reuse.found, total + reuse.found
-        self._keep(batch, batch.uids.index(uid), is_end=processed in reuse.pauses)
-        return Prefilled(uid, processed, total)
+    def decode(self) -> list[BatchEvent]:
+        """One token for every row whose prompt is processed, but for those whose pass is only started."""
+        events: list[BatchEvent] = []
+        ended: list[BatchRow] = []
+        for row, token, end in self._decoding.step():
+            events.append(Decoded(row.uid, token, end))
+            if end is not None:
+                ended.append(row)
+            elif self._prompt_cache is not None and len(row.tokens) == row.prompt_tokens:
+                self._unsaved.append(row)  # its first token is out: there is time for others now
+        self._leave(ended)
+        return events
+
+    # What was computed is kept.
+
+    def _leave(self, leaving: Sequence[BatchRow]) -> None:
+        """Let rows out of the decode batch, and keep what was computed of them."""
+        decoding = self._decoding
+        for i, row in enumerate(decoding.rows):
+            if row not in leaving:
+                continue
+            if row in self._unsaved:
+                self._unsaved.remove(row)
+            if len(decoding.rows) == 1:
+                self._retire(row, decoding.caches)
+            else:
+                self._store(row, decoding.caches, i, is_end=True)
+        decoding.drop(leaving)
+
+    def _retire(self, row: BatchRow, caches: list[Any]) -> None:
+        """Keep the caches of a row that was alone in them: in place, and as records when there is time."""
+        if self._prompt_cache is None or not row.tokens:
+            return
+        slot = self._prompt_cache.leave(row.tokens, caches) if layers.is_plain(caches) else None
+        if slot is None:
+            self._store(row, caches, 0, is_end=True)
+        else:
+            self._unsaved.append(_Left(row, slot))
+
+    @property
+    def is_tidy(self) -> bool:
+        """Whether all that can be kept is."""
+        return not self._unsaved
+
+    def tidy(self) -> None:
+        """Make the records of one sequence that has none yet, between two steps.
+
+        An exception leaves the batch undefined, as one of step() does.
+        """
+        if self._unsaved:
+            self._save(self._unsaved.popleft())
+
+    def _save(self, what: BatchRow | _Left) -> None:
+        """Make the records of a row that decodes, or of one that left its caches in a slot."""
+        assert self._prompt_cache is not None
+        if isinstance(what, BatchRow):
+            self._store(what, self._decoding.caches, self._decoding.rows.index(what))
+        elif what.slot in self._prompt_cache.slots:
+            self._store(what.row, what.slot.caches, 0, is_end=True)
+            self._prompt_cache.make_room(what.slot)
+
+    def _store(self, row: BatchRow, caches: list[Any], index: int, *, is_end: bool = False) -> None:
+        """Make what records of a row are missing."""
+        if self._prompt_cache is not None:
+            view = Row(caches, index, row.tokens)
+            self._prompt_cache.store(row.chain, view, stable_tokens=row.stable_tokens, is_end=is_end)
 
     def close(self) -> None:
         """Give up all sequences and free their caches; also after an exception."""
-        self._generator.clear()
-        self._reuse.clear()
+        self._prefill.clear()
+        self._decoding.clear()
+        self._unsaved.clear()
+        if self._prompt_cache is not None:
+            self._prompt_cache.slots.clear()
         mx.clear_cache()
-        self._generator.close()
+        if self._wired_limit is not None:
+            mx.synchronize()
+            mx.set_wired_limit(self._wired_limit)
+            self._wired_limit = None
 
 
 def self_test() -> None:

@@ -10,7 +10,8 @@ A model with any other kind takes no part in reuse: some cannot be merged into a
 llama4 and afm7 misreport what they hold (mlx-lm #1494).
 
 In mlx-lm's batch caches, tokens lie to the right: the last place in use belongs to the last token of
-every row. That is what Row relies on; padding and stale values lie to the left.
+every row. That is what Row relies on; padding and stale values lie to the left. A row that is alone
+has caches without padding, in which the same holds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from mlx_lm.models.cache import ArraysCache, BatchKVCache, CacheList, KVCache, RotatingKVCache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    BatchKVCache,
+    BatchRotatingKVCache,
+    CacheList,
+    KVCache,
+    RotatingKVCache,
+)
 
 from osaurus_grpc.engine.kv_piece import Plane
 
@@ -138,7 +146,7 @@ class Row:
     """One row of a batch, to be read.
 
     Args:
-        caches: The batch's caches, one a layer.
+        caches: The batch's caches, or the row's own, one a layer.
         index: Of the row.
         tokens: What the row's caches hold, in order.
     """
@@ -159,11 +167,7 @@ class Row:
             if cache.keys is None:
                 continue
             for plane, whole in ((2 * number, cache.keys), (2 * number + 1, cache.values)):
-                last = cache._idx
-                array = whole[self._index]
-                if lane.window is not None and cache.rotated:
-                    array = mx.roll(array, -cache._idx, 1)
-                    last = array.shape[1]
+                array, last = _in_order(cache, whole, self._index)
                 shift = last - len(self.tokens)
                 planes.append((plane, array[:, shift + start : shift + end]))
         return planes
@@ -183,6 +187,18 @@ class Row:
                 return None
             states[number] = [mx.contiguous(array[self._index : self._index + 1]) for array in arrays]
         return states
+
+
+def _in_order(cache: Any, whole: mx.array, row: int) -> tuple[mx.array, int]:
+    """A row's keys or values in order, shape (kv_heads, places, dim), and the place after the last one."""
+    if isinstance(cache, RotatingKVCache):
+        ordered = cache._temporal_order(whole)
+        return ordered[row], ordered.shape[2]
+    if isinstance(cache, KVCache):
+        return whole[row], cache.offset
+    if isinstance(cache, BatchRotatingKVCache) and cache.rotated:
+        return mx.roll(whole[row], -cache._idx, 1), whole.shape[2]
+    return whole[row], cache._idx
 
 
 def _leaves(caches: Sequence[Any]) -> Iterator[Any]:

@@ -28,8 +28,6 @@ class Guard:
     def __init__(self, constraint: Constraint, generated: Sequence[int]) -> None:
         self.failure: OsaurusError | None = None
         self._constraint = constraint
-        # The first token that is fed to the model ends the prompt, or was generated before and replayed.
-        self._is_primed = False
         try:
             self._constraint = constraint.fork()
             for token_id in generated:
@@ -43,17 +41,15 @@ class Guard:
         return self.failure is None and self._constraint.is_done
 
     def feed(self, token_id: int) -> None:
-        """Take the token that is fed to the model."""
-        if not self._is_primed:
-            self._is_primed = True
-        elif self.failure is None:
+        """Take a token that was generated."""
+        if self.failure is None:
             try:
                 self._constraint.accept(token_id)
             except Exception as error:  # noqa: BLE001  (the row's own failure, whatever it is)
                 self._fail(error)
 
     def mask(self) -> npt.NDArray[np.uint32] | None:
-        """Tokens that may come after those fed, as Constraint.mask(); None after a failure."""
+        """Tokens that may come next, as Constraint.mask(); None after a failure."""
         if self.failure is not None:
             return None
         try:

@@ -7,6 +7,9 @@ A store of records under the names of token_chain:
 * an End for a sequence's last tokens: what of it fills no block, and the recurrent states, which
   exist at exactly this place. Models with recurrent layers can be taken up at an End only.
 
+Beside the records there are slots: caches of finished sequences as they are, each for the one prompt
+that goes on from it.
+
 Records own their arrays, which are evaluated; nothing refers to a batch's tensors. Equal beginnings
 share their records, whatever requests they came from.
 """
@@ -25,6 +28,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from osaurus_grpc.engine.cache_layout import CacheLayout, FoundCache, Lane, Row
 from osaurus_grpc.engine.kv_piece import Piece, cut, join
+from osaurus_grpc.engine.slots import Slot, Slots
 from osaurus_grpc.engine.token_chain import BLOCK_TOKENS, Chain
 
 logger = logging.getLogger(__name__)
@@ -33,6 +37,8 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_TOKENS = 1024
 # Plain caches grow by so many tokens.
 _ROOM_TOKENS = FoundCache.step
+# Of the store's bytes, what slots may hold: what is in a slot is in records too.
+_SLOT_SHARE = 0.5
 # Of the store's bytes, what stable beginnings may keep others from.
 _STABLE_SHARE = 0.5
 
@@ -160,11 +166,17 @@ class PromptCache:
         self._ends: dict[bytes, dict[tuple[int, ...], None]] = {}
         self._bytes = 0
         self._stable_bytes = 0
+        self.slots = Slots(int(_SLOT_SHARE * max_bytes) if layout.is_plain else 0)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self._bytes
+        return self._bytes + self.slots.nbytes
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether records of a sequence can be made at any time after it was computed."""
+        return self._layout.is_plain
 
     def pauses(self, start: int, length: int, stable_tokens: int) -> list[int]:
         """Where a prefill must stop for store() to see a state that can be kept, in ascending order.
@@ -181,12 +193,47 @@ class PromptCache:
         return sorted(place for place in places if place > start)
 
     def match_length(self, chain: Chain, tokens: Sequence[int]) -> int:
-        """Tokens at the beginning of a prompt that lookup() would find."""
+        """Tokens at the beginning of a prompt that need not be computed."""
+        _, shared = self.slots.find(tokens)
         place = self._place(chain, tokens)
-        return place.length if place else 0
+        return max(shared, place.length if place else 0)
+
+    def find_slot(self, chain: Chain, tokens: Sequence[int]) -> Slot | None:
+        """The slot to take for a prompt: one that has no less of it than lookup() would find."""
+        slot, shared = self.slots.find(tokens)
+        if slot is None:
+            return None
+        place = self._place(chain, tokens)
+        return slot if place is None or place.length <= shared else None
+
+    def take(self, slot: Slot, tokens: Sequence[int]) -> Prefix:
+        """A slot's caches, cut to what a prompt shares with it; the slot is gone."""
+        length = slot.shared(tokens)
+        self._counters.lookups += 1
+        self._counters.hits += 1
+        self._counters.tokens_reused += length
+        return Prefix(length, self.slots.take(slot, length))
+
+    def leave(self, tokens: list[int], caches: list[Any]) -> Slot | None:
+        """Keep the caches of a finished sequence as they are; None where they cannot be."""
+        if not self._layout.is_plain:
+            return None
+        slot = self.slots.put(tokens, caches)
+        self._make_way()
+        return slot
+
+    def make_room(self, slot: Slot) -> None:
+        """Let a slot's next turn be written in place, as long as that takes nobody's room."""
+        if slot in self.slots:
+            slot.make_room()
+            self._make_way()
+
+    def _make_way(self) -> None:
+        """Keep records and slots within the store's bytes."""
+        self._evict(self._max_bytes - self.slots.nbytes)
 
     def lookup(self, chain: Chain, tokens: Sequence[int]) -> Prefix | None:
-        """The longest known beginning of a prompt, its last token left out: that one is always computed.
+        """The longest recorded beginning of a prompt, its last token left out: that one is always computed.
 
         The caches have room for the rest of the prompt and the first tokens of an answer.
 
@@ -238,14 +285,16 @@ class PromptCache:
         starts = [lane.start(len(row.tokens)) // BLOCK_TOKENS for lane in self._layout.lanes]
         for block in range(blocks - 1, -1, -1):
             self._touch_block(chain.names[block], block, starts, is_stable=block < stable_blocks)
-        self._evict(self._max_bytes)
+        self._make_way()
 
     def shrink(self, max_bytes: int) -> None:
-        """Drop the least useful records until no more than so many bytes are held."""
-        self._evict(max_bytes)
+        """Drop slots, then the least useful records, until no more than so many bytes are held."""
+        self.slots.shrink(max(0, max_bytes - self._bytes))
+        self._evict(max_bytes - self.slots.nbytes)
 
     def clear(self) -> None:
         """Drop everything."""
+        self.slots.clear()
         for key in list(self._records):
             self._drop(key)
 
@@ -387,7 +436,7 @@ class PromptCache:
             held.is_stable = False
             self._stable_bytes -= held.nbytes
             self._ordinary[key] = None
-        while self._bytes > max_bytes:
+        while self._records and self._bytes > max_bytes:
             self._counters.evictions += 1
             self._drop(next(iter(self._ordinary or self._stable)))
 

@@ -56,7 +56,7 @@ class Runner:
     @property
     def is_busy(self) -> bool:
         """Whether there is anything to step."""
-        return bool(len(self.scheduler) or self._suspects or self._leaving)
+        return bool(len(self.scheduler) or self._suspects or self._leaving or not self._batch.is_tidy)
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -86,6 +86,7 @@ class Runner:
             while self._leaving:
                 self._batch.remove(self._leaving.pop())
             self._join(deliveries)
+            self._batch.tidy()
             started = time.monotonic()
             events = self._batch.step(chunk)
             now = time.monotonic()
@@ -144,9 +145,16 @@ class Runner:
         prompts = [event for event in events if isinstance(event, Prefilled)]
         prefilled = sum(self._advance(event) for event in prompts)
         if any(event.processed == event.total for event in prompts):
-            return  # a row's first decode step is a pass of its own: such a step compares with no other
+            return  # a prompt's last pass is still running
+        if any(isinstance(event, Decoded) and self._is_first(event) for event in events):
+            return  # the step waited for that pass
         decoding = sum(isinstance(event, Decoded) for event in events)
         self.scheduler.clock.observe(seconds, decoding=decoding, prefilled=prefilled)
+
+    def _is_first(self, event: Decoded) -> bool:
+        """Whether a token is the first one since its sequence has a row."""
+        sequence = self.scheduler.running.get(event.uid)
+        return sequence is not None and not sequence.first_token_at
 
     def _advance(self, event: Prefilled) -> int:
         """Note how far a prompt is; returns the tokens it advanced by."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
@@ -209,7 +208,9 @@ class BatchSampler:
     def sample(
         self, rows: Sequence[RowSampler], fed: mx.array, logits: mx.array
     ) -> tuple[mx.array, list[LogprobRow | None]]:
-        """Choose one token a row. Lazy; only where a row has a constraint, fed is awaited.
+        """Choose one token a row. Lazy.
+
+        The guards of rows with a constraint have been fed all tokens up to those fed here.
 
         Args:
             rows: One a row of the batch.
@@ -231,7 +232,7 @@ class BatchSampler:
                     for i, row in enumerate(rows)
                 ]
             )
-        tokens = self._choose(rows, _masked(rows, fed, logits) if is_constrained else logits)
+        tokens = self._choose(rows, _masked(rows, logits) if is_constrained else logits)
         details: list[LogprobRow | None] = [
             None if row.top_logprobs is None else _logprobs(logits[i], tokens[i], row.top_logprobs)
             for i, row in enumerate(rows)
@@ -277,21 +278,19 @@ class BatchSampler:
         return tokens if self._order is None else tokens[self._order]
 
 
-def _masked(rows: Sequence[RowSampler], fed: mx.array, logits: mx.array) -> mx.array:
-    """Let the constraints see the tokens that were fed, and take out what they forbid next.
+def _masked(rows: Sequence[RowSampler], logits: mx.array) -> mx.array:
+    """Take out what the constraints forbid next.
 
     Args:
         rows: One a row of the batch.
-        fed: Token ids, shape (rows,).
         logits: float32, shape (rows, vocab_size).
     """
     vocab_size = logits.shape[1]
     masks = np.full((len(rows), -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32)
     has_mask = False
-    for i, (row, token_id) in enumerate(zip(rows, cast("list[int]", fed.tolist()), strict=True)):
+    for i, row in enumerate(rows):
         if row.guard is None:
             continue
-        row.guard.feed(token_id)
         mask = row.guard.mask()
         if mask is not None:
             masks[i], has_mask = mask, True

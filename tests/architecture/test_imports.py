@@ -14,6 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 MLX_ROOMS = {
     "osaurus_grpc.engine.worker",
     "osaurus_grpc.engine.batch",
+    # The parts of a batch: prompts, rows that decode, their caches, the model's output head.
+    "osaurus_grpc.engine.prefill",
+    "osaurus_grpc.engine.decoding",
+    "osaurus_grpc.engine.layers",
+    "osaurus_grpc.engine.head",
     "osaurus_grpc.engine.sampling",
     "osaurus_grpc.engine.prompt_cache",
     "osaurus_grpc.engine.footprint",  # reads shapes off the model's own caches

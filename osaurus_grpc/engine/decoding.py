@@ -1,0 +1,194 @@
+"""The rows of a batch that gain a token every step.
+
+One step is in flight: the pass for the next token is built and started before this step's token is
+awaited, so the device always has work (the scheme of mlx_lm.generate.GenerationBatch). A row's first
+token is the exception. It is read as soon as it is there, since somebody waits for it: MLX's CPU
+back end holds up whoever starts a pass until most of it is done.
+"""
+
+from __future__ import annotations
+
+from osaurus_grpc.models.platform import mx  # isort: skip  # first: it loads the BLAS before MLX
+
+from collections.abc import Collection, Sequence
+from typing import Any, TypeAlias, cast
+
+import mlx.nn as nn
+import numpy as np
+
+from osaurus_grpc.engine import layers
+from osaurus_grpc.engine.batch_row import BatchRow
+from osaurus_grpc.engine.sampling import BatchSampler, LogprobRow
+from osaurus_grpc.engine.types import Token, TokenLogprob
+from osaurus_grpc.errors import OsaurusError
+
+# A row, its token, and how it ended, if it did: as batch.Decoded says it.
+Result: TypeAlias = tuple[BatchRow, Token | None, "str | OsaurusError | None"]
+
+# Recurrent states and the offsets of some caches are rebound every step without being evaluated and
+# would grow a graph without bound (mlx-lm #1672); evaluating them this often keeps it short.
+STATE_EVALUATION_STEPS = 64
+
+
+class DecodeBatch:
+    """Rows with their tokens in flight.
+
+    Args:
+        model: An mlx-lm model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rows: list[BatchRow] = []
+        self.caches: list[Any] = []
+        self._model = model
+        self._sampler = BatchSampler()
+        # The tokens to come, one a row, and their log-probabilities: chosen, and being computed.
+        self._next = mx.array([], dtype=mx.uint32)
+        self._details: list[LogprobRow | None] = []
+        # The same tokens where they were read already and not fed yet.
+        self._read: list[int] | None = None
+        # Rows whose first token is being computed.
+        self._new = False
+        self._steps = 0
+
+    def join(self, rows: Sequence[BatchRow], caches: list[Any], fed: mx.array, logits: mx.array) -> None:
+        """Take in rows whose prompts are processed.
+
+        Args:
+            rows: One or more; they give up the caches of their own.
+            caches: One a layer: plain ones of one row, or batch ones of several.
+            fed: The last token of each prompt, shape (rows,).
+            logits: What it gave, shape (rows, vocab_size).
+        """
+        tokens, details = BatchSampler().sample([row.sampler for row in rows], fed, logits)
+        start(rows, tokens, details, [cache.state for cache in caches])
+        if not self.rows:
+            self.caches, self._next = caches, tokens
+        else:
+            self._feed_read()
+            mine = self.caches if len(self.rows) > 1 else layers.as_batch(self.caches)
+            theirs = caches if len(rows) > 1 else layers.as_batch(caches)
+            for own, other in zip(mine, theirs, strict=True):
+                own.extend(other)
+            self.caches = mine
+            self._next = mx.concatenate([self._next, tokens])
+        self.rows.extend(rows)
+        self._details.extend(details)
+        self._new = True
+        for row in rows:
+            row.caches = []
+
+    def step(self) -> list[Result]:
+        """The token of each row, and how it ended, if it did; the caller then drops rows that ended.
+
+        Gives nothing where the tokens that are due were read by the last step: they are fed now. The
+        pass for the token after this one is not started where every row ends with this one.
+        """
+        if not self.rows or (self._feed_read() and not self._is_constrained):
+            return []
+        tokens, details = self._next, self._details
+        # Masks need the token that is fed, so nothing can be started ahead of it.
+        waits = self._new or self._is_constrained
+        starts = not waits and any(row.tokens_left > 1 for row in self.rows)
+        if starts:
+            self._start_next()
+        ids = cast("list[int]", tokens.tolist())
+        if starts:
+            self._note_fed(ids)
+        else:
+            self._read, self._new = ids, False
+        return [
+            (row, *_outcome(row, token_id, detail))
+            for row, token_id, detail in zip(self.rows, ids, details, strict=True)
+        ]
+
+    @property
+    def _is_constrained(self) -> bool:
+        return any(row.sampler.guard is not None for row in self.rows)
+
+    def _feed_read(self) -> bool:
+        """Start the pass that is fed the tokens read by the last step; whether there are any."""
+        if self._read is None:
+            return False
+        ids, self._read = self._read, None
+        self._start_next()
+        self._note_fed(ids)
+        return True
+
+    def _note_fed(self, ids: Sequence[int]) -> None:
+        for row, token_id in zip(self.rows, ids, strict=True):
+            row.tokens.append(token_id)
+
+    def _start_next(self) -> None:
+        """Build the pass that is fed the tokens in flight, choose what comes after them, and start it."""
+        fed = self._next
+        logits = self._model(fed[:, None], cache=self.caches)[:, -1, :]
+        self._next, self._details = self._sampler.sample([row.sampler for row in self.rows], fed, logits)
+        start(self.rows, self._next, self._details)
+        self._steps += 1
+        if self._steps % STATE_EVALUATION_STEPS == 0:
+            layers.evaluate(self.caches)
+
+    def drop(self, leaving: Collection[BatchRow]) -> None:
+        """Let rows leave, with their caches, whatever token they are at."""
+        keep = [i for i, row in enumerate(self.rows) if row not in leaving]
+        if len(keep) == len(self.rows):
+            return
+        self.rows = [self.rows[i] for i in keep]
+        self._details = [self._details[i] for i in keep]
+        if self._read is not None:
+            self._read = [self._read[i] for i in keep]
+        if not keep:
+            self.clear()
+            return
+        for cache in self.caches:
+            cache.filter(keep)
+        self._next = self._next[mx.array(keep)]
+        if len(keep) == 1:
+            self.caches = layers.as_single(self.caches)
+
+    def clear(self) -> None:
+        """Drop all rows, whatever state an exception left them in."""
+        self.rows, self.caches, self._details = [], [], []
+        self._next = mx.array([], dtype=mx.uint32)
+        self._read, self._new = None, False
+
+
+def start(
+    rows: Sequence[BatchRow], tokens: mx.array, details: Sequence[LogprobRow | None], states: object = ()
+) -> None:
+    """Have chosen tokens computed, with all that a later step would otherwise find unevaluated."""
+    pending = [array for detail in details if detail is not None for array in detail.arrays()]
+    penalties = [
+        array for row in rows if row.sampler.penalties is not None for array in row.sampler.penalties.state()
+    ]
+    mx.async_eval(tokens, pending, penalties, states)  # type: ignore[no-untyped-call]  # MLX's stub
+
+
+def _outcome(
+    row: BatchRow, token_id: int, detail: LogprobRow | None
+) -> tuple[Token | None, str | OsaurusError | None]:
+    """Note a row's new token; what of it is shown, and whether the row ends."""
+    row.tokens_left -= 1
+    guard = row.sampler.guard
+    if guard is not None:
+        guard.feed(token_id)
+    if token_id in row.end_tokens:
+        return None, "stop"
+    if guard is not None and guard.failure is not None:
+        return None, guard.failure
+    token = _token(token_id, detail)
+    if guard is not None and guard.is_done:
+        return token, "stop"
+    return token, None if row.tokens_left else "length"
+
+
+def _token(token_id: int, detail: LogprobRow | None) -> Token:
+    """A token with its log-probabilities, which were evaluated with it."""
+    if detail is None:
+        return Token(token_id)
+    ids, values = np.asarray(detail.top_ids), np.asarray(detail.top)
+    top = tuple(
+        TokenLogprob(int(i), float(value)) for i, value in zip(ids.tolist(), values.tolist(), strict=True)
+    )
+    return Token(token_id, float(np.asarray(detail.chosen)), top)
