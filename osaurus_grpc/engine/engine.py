@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 from osaurus_grpc.engine.memory import KVBudget, KVMemory
 from osaurus_grpc.engine.runner import Delivery
@@ -22,6 +24,7 @@ from osaurus_grpc.engine.types import (
 )
 from osaurus_grpc.engine.worker import Worker
 from osaurus_grpc.errors import (
+    CapabilityError,
     DrainingError,
     EngineError,
     InvalidRequestError,
@@ -35,6 +38,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _STOP_SECONDS = 30.0
+# Tokens of inputs embedded at once, padding included: what running streams wait for at most, unless
+# one input is longer.
+_EMBEDDING_TOKENS = 512
+
+Embedder: TypeAlias = Callable[[SequenceOf[SequenceOf[int]]], list[list[float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +137,7 @@ class Engine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inboxes: dict[Sequence, _Inbox] = {}
         self._models: dict[str, _Attached] = {}
+        self._embedders: dict[str, Embedder] = {}
         self._waiting = 0
         self._prompt_tokens = 0
         self._completion_tokens = 0
@@ -209,9 +218,48 @@ class Engine:
         memory = await self.call(lambda: self._worker.attach(model_id, model, end_tokens, vocab_size))
         self._models[model_id] = _Attached(vocab_size, memory)
 
+    def attach_embedder(self, model_id: str, embedder: Embedder) -> None:
+        """Take what makes embedding vectors with a loaded model into service."""
+        self._embedders[model_id] = embedder
+
+    async def embed(self, model_id: str, inputs: SequenceOf[SequenceOf[int]]) -> list[list[float]]:
+        """Embedding vectors, not normalised, in the order of the inputs.
+
+        The inputs are taken some at a time between the steps of running sequences. Cancelling the task
+        that waits ends it after those at hand.
+
+        Args:
+            model_id: A model that is loaded in the engine.
+            inputs: Token ids, at least one each and within the model's context and vocabulary.
+
+        Raises:
+            CapabilityError: The model gives no embedding vectors.
+            EngineError: The device failed.
+            DrainingError: The engine is stopping, or the model was unloaded.
+        """
+        self._require_running()
+        if model_id not in self._embedders:
+            raise CapabilityError("This model gives no embeddings.", capability="embedding", field="model")
+        vectors: list[list[float]] = [[]] * len(inputs)
+        for group in _groups_of_like_length(inputs):
+            embedder = self._embedders.get(model_id)
+            if embedder is None:  # unloaded since
+                raise DrainingError
+            try:
+                made = await self.call(partial(embedder, [inputs[i] for i in group]))
+            except OsaurusError:
+                raise
+            except Exception as error:  # the device's errors have no common base class
+                logger.exception("event=embedding_failed model=%s", model_id)
+                raise EngineError from error
+            for i, vector in zip(group, made, strict=True):
+                vectors[i] = vector
+        return vectors
+
     async def detach(self, model_id: str) -> None:
         """Take a model out of service; sequences that still use it end with DrainingError."""
         self._models.pop(model_id, None)
+        self._embedders.pop(model_id, None)
 
         def drop() -> list[Sequence]:
             runner = self._worker.detach(model_id)
@@ -336,6 +384,8 @@ class Engine:
         """Refuse what would fail, or kill the process, inside a step."""
         self._require_running()
         attached = self._models.get(request.model_id)
+        if attached is None and request.model_id in self._embedders:
+            raise CapabilityError("This model gives embeddings only.", capability="completion", field="model")
         if attached is None:
             raise ModelNotFoundError(request.model_id)
         vocab_size = attached.vocab_size
@@ -359,6 +409,18 @@ class Engine:
                 "Too many requests are waiting; try again shortly.", retry_after_seconds=1.0
             )
         return attached
+
+
+def _groups_of_like_length(inputs: SequenceOf[SequenceOf[int]]) -> Iterator[list[int]]:
+    """Indices of inputs, all of them, in groups that waste little on padding and take moderate time."""
+    group: list[int] = []
+    for i in sorted(range(len(inputs)), key=lambda i: len(inputs[i])):
+        if group and len(inputs[i]) * (len(group) + 1) > _EMBEDDING_TOKENS:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
 
 
 def _coalesced(events: list[EngineEvent | OsaurusError]) -> list[EngineEvent | OsaurusError]:

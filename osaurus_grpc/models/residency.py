@@ -8,17 +8,13 @@ another model needs its place, and never while somebody holds it.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import importlib.metadata
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum
-from functools import partial
-from typing import Any, Protocol, TypeVar
 
 from osaurus_grpc.errors import (
     DrainingError,
@@ -27,69 +23,17 @@ from osaurus_grpc.errors import (
     ModelUnusableError,
 )
 from osaurus_grpc.models.catalog import ModelEntry
-from osaurus_grpc.models.platform import WeightPlan, memory_bytes, mx, plan_weights
+from osaurus_grpc.models.loading import LoadedModel, MlxHost, estimated_bytes, load_model, log_unusable
+from osaurus_grpc.models.platform import memory_bytes
+
+__all__ = ["Lease", "LoadedModel", "Residence", "ResidenceState", "Residency", "estimated_bytes"]
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-# Weights are read in groups of this size, so that running streams of other models go on in between.
-_GROUP_BYTES = 128 * 2**20
-_UNKNOWN_CONTEXT_LENGTH = 32_768
 _UNLOAD_WAIT_SECONDS = 30.0
 _LOAD_SECONDS = 1800.0
 # A longer keep-alive is for ever: the date of its end may be one that no calendar has.
 _LONGEST_KEEP_ALIVE_SECONDS = 100 * 365 * 86_400.0
-# Special tokens by which chat templates end a turn; a model whose configuration forgets to name its
-# own would talk on to itself.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|endoftext|>")
-
-
-class MlxHost(Protocol):
-    """What residency needs of the engine: a thread that may use MLX, and a place for models."""
-
-    async def call(self, function: Callable[[], T]) -> T:
-        """Run a function on the MLX thread."""
-        ...
-
-    async def attach(
-        self, model_id: str, model: object, end_tokens: tuple[int, ...], vocab_size: int
-    ) -> None:
-        """Take a model into service."""
-        ...
-
-    async def detach(self, model_id: str) -> None:
-        """Take a model out of service."""
-        ...
-
-    async def free(self) -> None:
-        """Return the memory of dropped models to the system."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model in memory.
-
-    Attributes:
-        entry: What the catalog says of it.
-        tokenizer: transformers' tokenizer.
-        eos_token_ids: Ids that end an answer.
-        context_length: Tokens of prompt and answer at most.
-        vocab_size: Width of the logits; may exceed the tokenizer's vocabulary.
-        resident_bytes: Memory the weights take.
-        load_seconds: What loading took.
-        fingerprint: "fp_" and ten hexadecimal digits; changes with weights, dtype and engine.
-    """
-
-    entry: ModelEntry
-    tokenizer: Any
-    eos_token_ids: frozenset[int]
-    context_length: int
-    vocab_size: int
-    resident_bytes: int
-    load_seconds: float
-    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +227,7 @@ class Residency:
                 async with asyncio.timeout(_LOAD_SECONDS):
                     return await self._load_alone(entry)
             except TimeoutError as error:
-                _log_unusable("time", entry)
+                log_unusable("time", entry)
                 raise ModelUnusableError(
                     f"Model '{entry.id}' cannot be loaded: reading it takes too long.", model=entry.id
                 ) from error
@@ -292,24 +236,12 @@ class Residency:
         """Make room, load, take into service. The caller holds the lock."""
         started = time.monotonic()
         await self._make_room(entry)
-        tokenizer, eos_token_ids = await asyncio.to_thread(_load_tokenizer, entry)
-        model: Any = await self._host.call(lambda: _build(entry, self._dtype))
-        for group in _groups(model):
-            await self._host.call(partial(_evaluate, entry, group))
-        vocab_size, resident_bytes = await self._host.call(lambda: _probe(entry, model))
-        await self._host.attach(entry.id, model, tuple(sorted(eos_token_ids)), vocab_size)
+        model = await load_model(self._host, entry, self._dtype)
         seconds = time.monotonic() - started
-        logger.info("event=model_loaded model=%s seconds=%.2f bytes=%d", entry.id, seconds, resident_bytes)
-        return LoadedModel(
-            entry=entry,
-            tokenizer=tokenizer,
-            eos_token_ids=eos_token_ids,
-            context_length=entry.context_length or _UNKNOWN_CONTEXT_LENGTH,
-            vocab_size=vocab_size,
-            resident_bytes=resident_bytes,
-            load_seconds=seconds,
-            fingerprint=_fingerprint(entry, self._dtype),
+        logger.info(
+            "event=model_loaded model=%s seconds=%.2f bytes=%d", entry.id, seconds, model.resident_bytes
         )
+        return model
 
     async def _make_room(self, entry: ModelEntry) -> None:
         """Unload idle models, the least recently used first, until the new one fits."""
@@ -380,158 +312,3 @@ class Residency:
 
     def _expire(self, slot: _Slot) -> None:
         self._start_drop(slot, slot.timer)
-
-
-def _plan(entry: ModelEntry, dtype: str) -> WeightPlan:
-    is_dense = entry.quantization.lower() in ("f64", "f32", "f16", "bf16")
-    return plan_weights(entry.parameter_count, dtype, is_quantized=not is_dense)
-
-
-def estimated_bytes(entry: ModelEntry, dtype: str) -> int:
-    """Memory a model's weights will take."""
-    plan = _plan(entry, dtype)
-    if plan.is_dequantized and plan.dtype is not None and entry.parameter_count:
-        return entry.parameter_count * int(plan.dtype.size)
-    return entry.size_bytes
-
-
-def _fingerprint(entry: ModelEntry, dtype: str) -> str:
-    parts = (entry.digest, dtype, importlib.metadata.version("mlx"), importlib.metadata.version("mlx-lm"))
-    return "fp_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:10]
-
-
-def _load_tokenizer(entry: ModelEntry) -> tuple[Any, frozenset[int]]:
-    """Transformers' tokenizer and the ids that end an answer. Needs no MLX; runs on any thread."""
-    from mlx_lm.utils import load_config, load_tokenizer
-
-    try:
-        config = load_config(entry.path)
-        wrapper = load_tokenizer(entry.path, eos_token_ids=config.get("eos_token_id"))
-    except Exception as error:  # whatever the files make transformers raise
-        _log_unusable("tokenizer", entry)
-        raise ModelUnusableError(
-            f"Model '{entry.id}' cannot be loaded: its tokenizer files are damaged or of an unknown kind.",
-            model=entry.id,
-        ) from error
-    tokenizer = wrapper._tokenizer
-    ends = set(wrapper.eos_token_ids)
-    template = str(tokenizer.chat_template or "")
-    for text in _TURN_ENDS:
-        token_id = tokenizer.convert_tokens_to_ids(text)
-        if text in template and token_id is not None and token_id in tokenizer.all_special_ids:
-            ends.add(token_id)
-    return tokenizer, frozenset(int(end) for end in ends)
-
-
-def _build(entry: ModelEntry, dtype: str) -> Any:
-    """The model with its weights still lazy. On the MLX thread."""
-    from mlx_lm.utils import dequantize_model, load_model
-
-    try:
-        model, config = load_model(entry.path, lazy=True, strict=True)
-    except Exception as error:  # whatever the files make mlx-lm raise
-        _log_unusable("model", entry)
-        raise ModelUnusableError(_reason(entry, error), model=entry.id) from error
-    if not _is_batchable(model):
-        raise ModelUnusableError(
-            f"Model '{entry.id}' cannot be served: the KV cache of architecture "
-            f"'{entry.architecture}' cannot be batched.",
-            model=entry.id,
-        )
-    plan = _plan(entry, dtype)
-    if plan.dtype is not None:
-        model.set_dtype(plan.dtype)  # scales too: weights are then expanded in that dtype, unrounded
-    elif "osaurus" in config:
-        # Converted from GGUF, whose norms and K-quant scales are float32: kept so, they would widen
-        # every activation and the KV cache.
-        model.set_dtype(getattr(mx, config["dtype"]))
-    if plan.is_dequantized:
-        model = dequantize_model(model)
-    model.eval()
-    return model
-
-
-def _is_batchable(model: Any) -> bool:
-    """Whether every cache of the model can be merged into a batch, those inside a CacheList included."""
-    from mlx_lm.models.cache import CacheList, make_prompt_cache
-
-    def can_merge(cache: Any) -> bool:
-        if isinstance(cache, CacheList):
-            return all(can_merge(child) for child in cache.caches)
-        return hasattr(cache, "merge")
-
-    return all(can_merge(cache) for cache in make_prompt_cache(model))
-
-
-def _log_unusable(part: str, entry: ModelEntry) -> None:
-    """One line; the exception being handled, which tells more, at debug level."""
-    logger.warning("event=unusable part=%s model=%s", part, entry.id)
-    logger.debug("event=unusable part=%s model=%s", part, entry.id, exc_info=True)
-
-
-def _reason(entry: ModelEntry, error: Exception) -> str:
-    """Why a model cannot be loaded, without the exception's own words."""
-    text = str(error)
-    start = f"Model '{entry.id}' cannot be loaded: "
-    if "not supported" in text and isinstance(error, ValueError):
-        return f"{start}mlx-lm does not know its architecture, '{entry.architecture}'."
-    if "custom module" in text:
-        return f"{start}it needs Python code of its own, which is never run."
-    return f"{start}its files are damaged or do not belong together."
-
-
-def _groups(model: Any) -> Iterator[list[mx.array]]:
-    """The model's arrays, in groups that load in moderate time; private ones (rope tables) too."""
-    group: list[mx.array] = []
-    size = 0
-    for array in _arrays(model):
-        group.append(array)
-        size += array.nbytes
-        if size >= _GROUP_BYTES:
-            yield group
-            group, size = [], 0
-    yield group
-
-
-def _arrays(model: Any) -> Iterator[mx.array]:
-    for module in model.modules():
-        yield from _leaves(dict(module))
-        yield from _leaves(vars(module))
-
-
-def _leaves(tree: dict[str, Any]) -> Iterator[mx.array]:
-    """The arrays in a tree of dicts and lists; other modules are not entered."""
-    for value in tree.values():
-        if isinstance(value, mx.array):
-            yield value
-
-
-def _evaluate(entry: ModelEntry, arrays: list[mx.array]) -> None:
-    """Read a group of weights. On the MLX thread."""
-    try:
-        mx.eval(arrays)
-    except Exception as error:  # a read error of MLX's, or no memory
-        _log_unusable("weights", entry)
-        raise ModelUnusableError(
-            f"Model '{entry.id}' cannot be loaded: its weights cannot be read.", model=entry.id
-        ) from error
-
-
-def _probe(entry: ModelEntry, model: Any) -> tuple[int, int]:
-    """Run one token: the width of the logits and the bytes of the weights. On the MLX thread."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    try:
-        logits = model(mx.array([[0]]), cache=make_prompt_cache(model))[0, -1]
-        is_number = not bool(mx.isnan(logits).any().item())
-    except Exception as error:  # weights whose shapes do not fit one another show here
-        _log_unusable("model", entry)
-        raise ModelUnusableError(_reason(entry, error), model=entry.id) from error
-    if not is_number:
-        raise ModelUnusableError(
-            f"Model '{entry.id}' cannot be served: its weights give no numbers.", model=entry.id
-        )
-    mx.clear_cache()
-    return int(logits.shape[-1]), sum(
-        array.nbytes for array in {id(array): array for array in _arrays(model)}.values()
-    )

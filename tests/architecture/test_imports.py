@@ -24,7 +24,9 @@ MLX_ROOMS = {
     "osaurus_grpc.engine.footprint",  # reads shapes off the model's own caches
     "osaurus_grpc.engine.cache_layout",  # takes rows out of mlx-lm's caches and puts them back
     "osaurus_grpc.engine.kv_piece",  # cuts, joins and quantizes what was taken out
-    "osaurus_grpc.models.residency",
+    "osaurus_grpc.models.loading",
+    "osaurus_grpc.models.encoder",
+    "osaurus_grpc.models.embedding",
     "osaurus_grpc.models.platform",
 }
 
