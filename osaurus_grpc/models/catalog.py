@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -89,7 +89,7 @@ class Catalog:
     Args:
         models_dir: The models directory; it need not exist.
         hub_cache_dir: The Hugging Face cache, read only; None leaves it out.
-        default_model: What "" and "default" mean; "" is the only model, if there is one.
+        default_model: What "" and "default" mean; "" is the only model that generates, if there is one.
         aliases: Further names and the models they mean.
         fallback_model: What an unknown name means; "" is an error.
     """
@@ -130,7 +130,7 @@ class Catalog:
             name,
             {entry.id: entry.repo_id for entry in entries.values()},
             aliases=self._aliases,
-            default=self._default_model,
+            default=self._default_model or _only_one(entries.values()),
             fallback=self._fallback_model,
         )
         if model_id is None:
@@ -179,6 +179,12 @@ class Catalog:
             for name, path in _folders(str(self._hub_cache_dir)):
                 if name.startswith(_CACHE_PREFIX):
                     yield from _cached_candidate(name, path)
+
+
+def _only_one(entries: Iterable[ModelEntry]) -> str:
+    """What "" means where nothing is configured: the only model that generates, if there is just one."""
+    generating = [entry.id for entry in entries if entry.capabilities != {Capability.EMBEDDING}]
+    return generating[0] if len(generating) == 1 else ""
 
 
 def _folders(path: str) -> list[tuple[str, str]]:

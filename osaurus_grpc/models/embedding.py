@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from osaurus_grpc.models.encoder import Encoder
-from osaurus_grpc.models.inspection import IncompleteModelError, read_json_object
-
-POOLING_FILE = "1_Pooling/config.json"
+from osaurus_grpc.models.inspection import POOLING_FILE, IncompleteModelError, read_json_object
 
 
 class Pooling(Enum):

@@ -145,8 +145,7 @@ class _Residual(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(self, states: mx.array, residual: mx.array) -> mx.array:
-        normalised: mx.array = self.LayerNorm(self.dense(states) + residual)
-        return normalised
+        return self.LayerNorm(self.dense(states) + residual)
 
 
 class _Attention(nn.Module):
@@ -156,8 +155,7 @@ class _Attention(nn.Module):
         self.output = _Residual(config.hidden_size, config)
 
     def __call__(self, hidden: mx.array, mask: mx.array) -> mx.array:
-        normalised: mx.array = self.output(self.self(hidden, mask), hidden)
-        return normalised
+        return self.output(self.self(hidden, mask), hidden)
 
 
 class _Intermediate(nn.Module):
@@ -176,8 +174,7 @@ class _Layer(nn.Module):
 
     def __call__(self, hidden: mx.array, mask: mx.array) -> mx.array:
         hidden = self.attention(hidden, mask)
-        normalised: mx.array = self.output(self._activation(self.intermediate.dense(hidden)), hidden)
-        return normalised
+        return self.output(self._activation(self.intermediate.dense(hidden)), hidden)
 
 
 class _Layers(nn.Module):

@@ -20,6 +20,8 @@ from osaurus_grpc.models.weights import DamagedWeightsError, WeightsHeader, read
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
+# Where sentence-transformers' layout says how an embedding model pools.
+POOLING_FILE = "1_Pooling/config.json"
 # Larger JSON than this is no configuration; tokenizers are not read here.
 MAX_JSON_BYTES = 64 * 2**20
 

@@ -28,6 +28,7 @@ from osaurus_grpc.models.ownership import ModelsDirInUseError, models_dir_lock
 from osaurus_grpc.models.residency import Residency
 from osaurus_grpc.server.admission import Admission
 from osaurus_grpc.server.calls import CallsInProgress
+from osaurus_grpc.server.embedding import Embedding
 from osaurus_grpc.server.generation import Generation
 from osaurus_grpc.server.health import HealthService
 from osaurus_grpc.server.inference import InferenceService
@@ -159,23 +160,34 @@ class Core:
     def _build_server(self) -> grpc.aio.Server:
         settings = self._settings
         listing = Listing(self._catalog, self.residency)
+        admission = Admission(
+            max_concurrent_requests=settings.max_concurrent_requests,
+            requests_per_minute=settings.requests_per_minute,
+        )
         generation = Generation(
             listing=listing,
             residency=self.residency,
             engine=self.engine,
-            admission=Admission(
-                max_concurrent_requests=settings.max_concurrent_requests,
-                requests_per_minute=settings.requests_per_minute,
-            ),
+            admission=admission,
             telemetry=self.telemetry,
             max_output_tokens=settings.max_output_tokens,
+        )
+        embedding = Embedding(
+            listing=listing,
+            residency=self.residency,
+            engine=self.engine,
+            admission=admission,
+            telemetry=self.telemetry,
         )
         interceptor = CallInterceptor(
             keys=Keys(settings.api_keys), calls=self.calls, telemetry=self.telemetry
         )
         server = grpc.aio.server(interceptors=(interceptor,), options=_OPTIONS)
         add_InferenceServiceServicer_to_server(
-            InferenceService(listing=listing, residency=self.residency, generation=generation), server
+            InferenceService(
+                listing=listing, residency=self.residency, generation=generation, embedding=embedding
+            ),
+            server,
         )
         add_ModelServiceServicer_to_server(ModelService(listing=listing, residency=self.residency), server)
         records = RecordStore(max_records=settings.max_records, max_bytes=settings.max_record_bytes)

@@ -7,9 +7,10 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from osaurus_grpc.errors import FeatureNotImplementedError, InvalidRequestError
+from osaurus_grpc.errors import InvalidRequestError
 from osaurus_grpc.models.residency import Residency
 from osaurus_grpc.server import calls
+from osaurus_grpc.server.embedding import Embedding
 from osaurus_grpc.server.fold import ChatFold, CompletionFold
 from osaurus_grpc.server.generation import Generation, keep_alive_seconds
 from osaurus_grpc.server.listing import Listing
@@ -34,12 +35,16 @@ class InferenceService(InferenceServiceServicer):
         listing: Finds and describes models.
         residency: Loads them.
         generation: Answers chat and completion requests.
+        embedding: Answers embedding requests.
     """
 
-    def __init__(self, *, listing: Listing, residency: Residency, generation: Generation) -> None:
+    def __init__(
+        self, *, listing: Listing, residency: Residency, generation: Generation, embedding: Embedding
+    ) -> None:
         self._listing = listing
         self._residency = residency
         self._generation = generation
+        self._embedding = embedding
 
     async def ListModels(  # noqa: N802 - the contract's name, as below
         self, request: inference_service_pb2.ListModelsRequest, context: Context
@@ -120,5 +125,5 @@ class InferenceService(InferenceServiceServicer):
     async def Embed(  # noqa: N802
         self, request: embedding_pb2.EmbedRequest, context: Context
     ) -> embedding_pb2.EmbedResponse:
-        """Not in this release."""
-        raise FeatureNotImplementedError("Embed is not implemented in this release.")
+        """Embeds texts."""
+        return await self._embedding.embed(request)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -345,6 +346,10 @@ def test_finding_by_default_alias_and_fallback(models_dir: Path) -> None:
     assert catalog.default() is None
     with pytest.raises(ModelNotFoundError, match="Model not found: default"):
         catalog.find("")
+    write_model(models_dir / "encoder", config={**CONFIG, "model_type": "bert"})
+    shutil.rmtree(models_dir / "two-4bit")
+    assert catalog.find("").id == "one", "an embedding model is nobody's default beside one that talks"
+    write_model(models_dir / "two-4bit")
     configured = Catalog(models_dir, default_model="TWO", aliases={"gpt": "one"}, fallback_model="gpt")
     assert configured.find("default").id == "two-4bit"
     assert configured.find("GPT:latest").id == configured.find("unknown").id == "one"

@@ -14,6 +14,7 @@ from osaurus_grpc.errors import (
     SourceUnavailableError,
 )
 from osaurus_grpc.models.catalog import Catalog
+from osaurus_grpc.models.embedding import Pooling, configured_pooling
 from osaurus_grpc.models.sources import remove
 from osaurus_grpc.models.sources.progress import Progress
 from osaurus_grpc.models.sources.staging import claimed
@@ -32,6 +33,15 @@ def test_a_local_folder_is_installed_without_what_is_not_needed(models_dir: Path
     assert file_bytes(path) == expected
     assert [entry.id for entry in Catalog(models_dir).entries()] == ["my-model"]
     assert leftovers(models_dir) == []
+
+
+def test_how_an_embedding_model_pools_comes_along(models_dir: Path, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "embedder")
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    path = fetch_quietly(source, models_dir)
+    assert configured_pooling(path) is Pooling.FIRST
+    assert [entry.id for entry in Catalog(models_dir).entries()] == ["embedder"]
 
 
 def test_a_snapshot_of_links_becomes_files(models_dir: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from osaurus_grpc.errors import (
     SourceUnavailableError,
 )
 from osaurus_grpc.models.catalog import Catalog
+from osaurus_grpc.models.embedding import Pooling, configured_pooling
 from osaurus_grpc.models.sources import FetchCancelledError, FetchProgress, fetch
 from tests.models.conftest import Recorder, child_fetch_output, fetch_quietly, leftovers, start_child_fetch
 from tests.models.folders import file_bytes, tensors, write_model
@@ -56,6 +57,17 @@ def test_a_model_is_fetched_whole_and_nothing_else(
     assert of_weights[-1] == FetchProgress("downloading", "model.safetensors", size, size)
     done = [each.completed_bytes for each in of_weights]
     assert done == sorted(done)
+
+
+def test_how_an_embedding_model_pools_comes_along(
+    hub: Hub, repository: dict[str, bytes], models_dir: Path, recorder: Recorder
+) -> None:
+    hub.repositories[REPO] = repository | {
+        "1_Pooling/config.json": b'{"pooling_mode_lasttoken": true}', "2_Dense/config.json": b"{}"
+    }  # fmt: skip
+    path = fetch(REPO, models_dir, report=recorder)
+    assert configured_pooling(path) is Pooling.LAST
+    assert not (path / "2_Dense").exists()
 
 
 def test_an_installed_model_is_not_fetched_again(

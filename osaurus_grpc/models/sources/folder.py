@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from osaurus_grpc.errors import SourceInvalidError, SourceUnavailableError
-from osaurus_grpc.models.inspection import IncompleteModelError, inspect
+from osaurus_grpc.models.inspection import POOLING_FILE, IncompleteModelError, inspect
 from osaurus_grpc.models.sources.conversion import convert_gguf
 from osaurus_grpc.models.sources.disk import ensure_free
 from osaurus_grpc.models.sources.progress import Progress
@@ -43,14 +43,18 @@ def _bring_folder(path: Path, staging: Staging, progress: Progress) -> None:
         folder = inspect(path)
     except IncompleteModelError as error:
         raise SourceInvalidError(f"The folder {path.name} cannot be used: {error}.") from error
-    for file in folder.files:
-        if is_needed(file.name):
+    names = [file.name for file in folder.files]
+    if (path / POOLING_FILE).is_file():
+        names.append(POOLING_FILE)
+    for name in names:
+        if is_needed(name):
             # Links of the Hugging Face cache are followed to the file they name.
-            _place((path / file.name).resolve(), staging.model / file.name, progress)
+            _place((path / name).resolve(), staging.model / name, progress)
 
 
 def _place(source: Path, target: Path, progress: Progress) -> None:
     """Give a file a second name, or copy it where that is not possible."""
+    target.parent.mkdir(exist_ok=True)
     try:
         os.link(source, target)
     except OSError as error:

@@ -138,6 +138,7 @@ def _download_all(files: list[RemoteFile], folder: Path, headers: dict[str, str]
 
 def _link(source: Path, target: Path) -> None:
     """A second name for a file, or a copy where the file system has no such thing."""
+    target.parent.mkdir(exist_ok=True)
     try:
         os.link(source, target)
     except OSError:

