@@ -273,6 +273,9 @@ _BUILDERS: Mapping[str, _Builder] = {
     "SOURCE_UNAVAILABLE": _plain(errors.SourceUnavailableError),
     "SOURCE_INVALID": _plain(errors.SourceInvalidError),
     "DISK_FULL": _plain(errors.DiskFullError),
+    "RECORD_NOT_FOUND": lambda message, metadata, status: errors.RecordNotFoundError(
+        metadata.get("record", "")
+    ),
     "OVERLOADED": _of_capacity(errors.OverloadedError),
     "RATE_LIMITED": _of_capacity(errors.RateLimitedError),
     "INSUFFICIENT_MEMORY": _of_capacity(errors.InsufficientMemoryError),

@@ -22,6 +22,7 @@ RAISED: tuple[errors.OsaurusError, ...] = (
     errors.ModelUnusableError("Model 'm' cannot be loaded.", model="m"),
     errors.ModelBusyError("It is being fetched.", model="m"),
     errors.ModelExistsError("It exists.", model="m"),
+    errors.RecordNotFoundError("r1"),
     errors.SourceUnavailableError("The hub is away."),
     errors.SourceInvalidError("A pickle."),
     errors.DiskFullError("The disk is full."),
