@@ -31,6 +31,7 @@ from rest_shim.metrics import HttpMetrics
 from rest_shim.ollama.routes import OllamaRoutes
 from rest_shim.openai.routes import OpenAIRoutes
 from rest_shim.origins import check_host, cors_headers, preflight
+from rest_shim.responses.routes import ResponsesRoutes
 from rest_shim.routing import Dialect, Handler, RouteTable
 from rest_shim.settings import Settings, is_loopback
 from rest_shim.status import StatusRoutes
@@ -71,6 +72,7 @@ class RestShim:
             (
                 *StatusRoutes(backend, self._metrics).routes(),
                 *OpenAIRoutes(backend, settings).routes(),
+                *ResponsesRoutes(backend, settings).routes(),
                 *OllamaRoutes(backend, settings).routes(),
                 *AnthropicRoutes(backend, settings).routes(),
             )

@@ -6,6 +6,7 @@ dialects have a route of the same method and path, one of them says which reques
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -18,6 +19,9 @@ PREFIXES = ("/v1/api", "/api", "/v1")
 ANTHROPIC_PREFIX = "/anthropic/v1"
 # Anthropic's clients send it with every request, and nobody else does.
 ANTHROPIC_HEADER = "anthropic-version"
+
+# A path's last placeholder that may hold slashes.
+_REST = ":.+}"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Claim = Callable[[web.Request], Awaitable[bool]]
@@ -60,10 +64,10 @@ class RouteTable:
     def __init__(self, routes: Iterable[Route]) -> None:
         self._routes = tuple(routes)
         self._static: dict[str, list[Route]] = {}
-        self._dynamic: list[tuple[str, Route]] = []
+        self._dynamic: list[tuple[re.Pattern[str], Route]] = []
         for route in self._routes:
             if "{" in route.path:
-                self._dynamic.append((route.path.partition("{")[0], route))
+                self._dynamic.append((_expression(route.path), route))
             else:
                 self._static.setdefault(route.path, []).append(route)
 
@@ -87,12 +91,12 @@ class RouteTable:
         bare = strip_prefix(path)
         if bare in self._static:
             return self._static[bare]
-        return [route for head, route in self._dynamic if bare.startswith(head)]
+        return [route for expression, route in self._dynamic if expression.fullmatch(bare)]
 
     def pattern(self, path: str) -> str:
         """The route's path as a metrics label: bounded, whatever clients ask for."""
         found = self.find(path)
-        return found[0].path.replace(":.+}", "}") if found else "unmatched"
+        return found[0].path.replace(_REST, "}") if found else "unmatched"
 
     def dialect(self, request: web.Request) -> Dialect:
         """Whose error shape an answer to this request has."""
@@ -152,9 +156,22 @@ def _dispatch(routes: Sequence[Route]) -> Handler:
     return handle
 
 
+def _expression(path: str) -> re.Pattern[str]:
+    """What a path with {name} or {name:.+} in it matches."""
+    pieces = re.split(r"(\{[^}]+\})", path)
+    return re.compile("".join(_piece(piece) for piece in pieces), re.DOTALL)
+
+
+def _piece(piece: str) -> str:
+    if not piece.startswith("{"):
+        return re.escape(piece)
+    return ".+" if piece.endswith(_REST) else "[^/]+"
+
+
 def _spellings(prefix: str, path: str) -> tuple[str, ...]:
     if path == "/":
         return (f"{prefix}/", prefix) if prefix else ("/",)
-    if "{" in path:
+    if path.endswith(_REST):
+        # It takes a trailing slash in.
         return (prefix + path,)
     return (prefix + path, f"{prefix}{path}/")

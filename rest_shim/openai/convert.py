@@ -28,7 +28,7 @@ ROLES = {
 
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
 
-_TOOL_CHOICE_MODES = {
+TOOL_CHOICE_MODES = {
     "auto": chat_pb2.TOOL_CHOICE_MODE_AUTO,
     "none": chat_pb2.TOOL_CHOICE_MODE_NONE,
     "required": chat_pb2.TOOL_CHOICE_MODE_REQUIRED,
@@ -56,7 +56,7 @@ def chat_request(body: schema.ChatBody) -> chat_pb2.ChatRequest:
         reasoning_effort=body.reasoning_effort,
     )
     if body.tool_choice is not None and body.tools:
-        request.tool_choice.mode = _TOOL_CHOICE_MODES[body.tool_choice.type]
+        request.tool_choice.mode = TOOL_CHOICE_MODES[body.tool_choice.type]
         if body.tool_choice.function is not None:
             request.tool_choice.function_name = body.tool_choice.function.name
     if body.response_format is not None:

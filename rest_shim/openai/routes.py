@@ -19,7 +19,7 @@ from rest_shim.openai.completion_stream import PARALLEL_PROMPTS, CompletionEncod
 from rest_shim.openai.completions import CompletionBody
 from rest_shim.openai.embeddings import EmbeddingsBody
 from rest_shim.openai.stream import ChunkEncoder
-from rest_shim.routing import Dialect, Route, later
+from rest_shim.routing import Dialect, Route
 from rest_shim.settings import Settings
 from rest_shim.wire import event_stream, json_response, relay
 
@@ -40,7 +40,6 @@ class OpenAIRoutes:
             Route("POST", "/chat/completions", self.chat_completions, Dialect.OPENAI),
             Route("POST", "/completions", self.completions, Dialect.OPENAI),
             Route("POST", "/embeddings", self.embeddings, Dialect.OPENAI),
-            later("POST", "/responses", Dialect.OPENAI, "The Responses API"),
         )
 
     async def list_models(self, request: web.Request) -> web.StreamResponse:

@@ -266,6 +266,11 @@ class ScriptedCore(
         self, request: record_service_pb2.PutRecordRequest, context: grpc.aio.ServicerContext
     ) -> record_service_pb2.PutRecordResponse:
         await self._note(request, context)
+        return await self._keep(request, context)
+
+    async def _keep(
+        self, request: record_service_pb2.PutRecordRequest, _context: grpc.aio.ServicerContext
+    ) -> record_service_pb2.PutRecordResponse:
         self.records[request.collection, request.record.id] = request.record
         return record_service_pb2.PutRecordResponse()
 

@@ -136,7 +136,7 @@ class TestRoutes:
     @pytest.mark.parametrize(
         ("method", "path", "dialect"),
         [
-            ("POST", "/v1/responses", "openai"), ("GET", "/openapi.json", "openai"), ("GET", "/ui", "openai"),
+            ("GET", "/openapi.json", "openai"), ("GET", "/ui", "openai"),
             ("POST", "/api/generate", "ollama"), ("POST", "/api/pull", "ollama"),
             ("DELETE", "/api/delete", "ollama"), ("POST", "/api/copy", "ollama"),
             ("POST", "/api/create", "ollama"), ("POST", "/api/embed", "ollama"),

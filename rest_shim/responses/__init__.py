@@ -1,0 +1,1 @@
+"""OpenAI's Responses API, as the Open Responses specification describes it."""

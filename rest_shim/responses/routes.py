@@ -1,0 +1,175 @@
+"""The routes of the Responses API."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from osaurus_grpc.v1 import chat_pb2
+from rest_shim.backend import Backend, Caller
+from rest_shim.bodies import read_body
+from rest_shim.callers import caller_of
+from rest_shim.errors import CoreError, Refusal, refusal_from_core
+from rest_shim.responses import convert, resource
+from rest_shim.responses.convert import Conversation
+from rest_shim.responses.items import listed
+from rest_shim.responses.resource import Draft
+from rest_shim.responses.schema import ResponseBody
+from rest_shim.responses.store import ResponseStore, StoredResponse
+from rest_shim.responses.stream import ResponseEncoder
+from rest_shim.routing import Dialect, Route
+from rest_shim.settings import Settings
+from rest_shim.wire import event_stream, json_response, relay
+
+DEFAULT_PAGE = 20
+MAX_PAGE = 100
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """One request on its way.
+
+    Attributes:
+        body: What was sent.
+        talk: Its messages.
+        chat: The core's request.
+        shown: Its input items as they are stored and listed.
+        draft: Its response.
+        caller: Whose it is.
+    """
+
+    body: ResponseBody
+    talk: Conversation
+    chat: chat_pb2.ChatRequest
+    shown: Sequence[dict[str, object]]
+    draft: Draft
+    caller: Caller
+
+
+class ResponsesRoutes:
+    """Handlers of the Responses API on one core."""
+
+    def __init__(self, backend: Backend, settings: Settings) -> None:
+        self._backend = backend
+        self._settings = settings
+        self._store = ResponseStore(backend)
+
+    def routes(self) -> Sequence[Route]:
+        """What there is."""
+        openai = Dialect.OPENAI
+        return (
+            Route("POST", "/responses", self.create, openai),
+            Route("GET", "/responses/{id}", self.retrieve, openai),
+            Route("DELETE", "/responses/{id}", self.delete, openai),
+            Route("GET", "/responses/{id}/input_items", self.input_items, openai),
+        )
+
+    async def create(self, request: web.Request) -> web.StreamResponse:
+        """POST /responses."""
+        body = await read_body(request, ResponseBody, self._settings.request_timeout_seconds)
+        turn = await self._turn(body, caller_of(request))
+        try:
+            if body.stream:
+                encoder = ResponseEncoder(turn.draft)
+                stream = event_stream(request, self._settings)
+                return await relay(stream, self._stored_at_end(turn, encoder), encoder, turn.talk.json_path)
+            answer = await self._backend.chat(turn.chat, turn.caller)
+        except CoreError as error:
+            raise refusal_from_core(error, turn.talk.json_path) from error
+        return json_response(await self._finished(turn, answer))
+
+    async def _turn(self, body: ResponseBody, caller: Caller) -> _Turn:
+        convert.check(body)
+        history = await self._store.history(body.previous_response_id, caller)
+        known = {item.id: item for item in history}
+        talk = convert.conversation(body, history, known)
+        return _Turn(
+            body=body,
+            talk=talk,
+            chat=convert.chat_request(body, talk),
+            shown=list(listed(convert.resolved(body.input or (), known))),
+            draft=Draft(body, int(time.time())),
+            caller=caller,
+        )
+
+    async def _finished(self, turn: _Turn, answer: chat_pb2.ChatResponse) -> dict[str, object]:
+        choice = answer.choices[0]
+        turn.draft.model = answer.model
+        output = resource.output_items(choice)
+        status = resource.status_of(choice.finish_reason)
+        completed = int(time.time())
+        whole = turn.draft.resource(status, output, usage=answer.usage, completed=completed)
+        await self._keep(turn, whole)
+        return {**whole, "store": turn.draft.is_stored}
+
+    async def _keep(self, turn: _Turn, whole: dict[str, object]) -> None:
+        if turn.body.store:
+            stored = StoredResponse(resource=whole, input=turn.shown)
+            turn.draft.is_stored = await self._store.put(turn.draft.id, stored, turn.caller)
+
+    @asynccontextmanager
+    async def _stored_at_end(
+        self, turn: _Turn, encoder: ResponseEncoder
+    ) -> AsyncIterator[AsyncIterable[chat_pb2.ChatStreamResponse]]:
+        """The core's events; before the last one goes on, the response is kept.
+
+        A client may continue a response as soon as it has seen its end.
+        """
+        request = chat_pb2.ChatStreamRequest(chat=turn.chat)
+        async with self._backend.chat_stream(request, turn.caller) as events:
+
+            async def kept() -> AsyncIterator[chat_pb2.ChatStreamResponse]:
+                async for event in events:
+                    if event.HasField("completed"):
+                        await self._keep(turn, encoder.final(event.completed))
+                    yield event
+
+            yield kept()
+
+    async def retrieve(self, request: web.Request) -> web.StreamResponse:
+        """GET /responses/{id}."""
+        if request.query.get("stream", "false") not in {"false", "0", ""}:
+            raise Refusal(400, "A stored response cannot be streamed again.", param="stream")
+        stored = await self._store.get(request.match_info["id"], caller_of(request))
+        return json_response(stored.resource)
+
+    async def delete(self, request: web.Request) -> web.StreamResponse:
+        """DELETE /responses/{id}."""
+        response_id = request.match_info["id"]
+        await self._store.delete(response_id, caller_of(request))
+        return json_response({"id": response_id, "object": "response", "deleted": True})
+
+    async def input_items(self, request: web.Request) -> web.StreamResponse:
+        """GET /responses/{id}/input_items, newest first unless order=asc."""
+        limit, order = _page_size(request), request.query.get("order", "desc")
+        if order not in {"asc", "desc"}:
+            raise Refusal(400, "Invalid 'order': must be 'asc' or 'desc'.", param="order")
+        stored = await self._store.get(request.match_info["id"], caller_of(request))
+        found = list(stored.input) if order == "asc" else list(reversed(stored.input))
+        after = request.query.get("after")
+        if after is not None:
+            places = [place for place, item in enumerate(found) if item["id"] == after]
+            if not places:
+                raise Refusal(400, "Invalid 'after': there is no item of that id.", param="after")
+            found = found[places[0] + 1 :]
+        page = found[:limit]
+        return json_response(
+            {
+                "object": "list",
+                "data": page,
+                "first_id": page[0]["id"] if page else None,
+                "last_id": page[-1]["id"] if page else None,
+                "has_more": len(found) > limit,
+            }
+        )
+
+
+def _page_size(request: web.Request) -> int:
+    text = request.query.get("limit", str(DEFAULT_PAGE))
+    if not (text.isascii() and text.isdecimal() and len(text) <= 3 and 1 <= int(text) <= MAX_PAGE):
+        raise Refusal(400, f"Invalid 'limit': must be a whole number from 1 to {MAX_PAGE}.", param="limit")
+    return int(text)

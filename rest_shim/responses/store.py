@@ -1,0 +1,121 @@
+"""Stored responses, kept as records of the core, so that the shim keeps nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rest_shim.backend import Backend, Caller
+from rest_shim.errors import CoreError, Refusal
+from rest_shim.responses.items import STORED_ITEMS, Item
+from rest_shim.wire import dump
+
+log = logging.getLogger(__name__)
+
+COLLECTION = "responses"
+# Turns that one conversation is followed back.
+MAX_TURNS = 1_024
+MAX_HISTORY_BYTES = 64 * 1024 * 1024
+
+_NO_RECORD = "RECORD_NOT_FOUND"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """One turn.
+
+    Attributes:
+        resource: The response as its client saw it.
+        input: The items of its own request, references resolved, each with an id.
+    """
+
+    resource: Mapping[str, object]
+    input: Sequence[Mapping[str, object]]
+
+
+class ResponseStore:
+    """The responses of all callers; the core keeps those of different keys apart."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    async def put(self, response_id: str, stored: StoredResponse, caller: Caller) -> bool:
+        """Keep a response; says whether the core took it. An answer is not lost with its record."""
+        content = dump({"response": stored.resource, "input": stored.input}).encode("ascii")
+        try:
+            await self._backend.put_record(COLLECTION, response_id, content, caller)
+        except CoreError as error:
+            log.warning("response not stored code=%s reason=%s", error.code, error.reason or "-")
+            return False
+        return True
+
+    async def get(self, response_id: str, caller: Caller) -> StoredResponse:
+        """A response.
+
+        Raises:
+            Refusal: There is none of that id.
+            CoreError: The core cannot be asked.
+        """
+        return (await self._read(response_id, caller))[0]
+
+    async def delete(self, response_id: str, caller: Caller) -> None:
+        """Drop a response; those that continue it cannot be continued any more.
+
+        Raises:
+            Refusal: There is none of that id.
+            CoreError: The core cannot be asked.
+        """
+        try:
+            await self._backend.delete_record(COLLECTION, response_id, caller)
+        except CoreError as error:
+            raise _missing(error, response_id) from error
+
+    async def history(self, response_id: str | None, caller: Caller) -> Sequence[Item]:
+        """The items of a response and of all that it continues, oldest first.
+
+        Raises:
+            Refusal: One of them is gone, or they are too many.
+            CoreError: The core cannot be asked.
+        """
+        turns: list[list[object]] = []
+        size = 0
+        wanted = response_id
+        while wanted is not None:
+            try:
+                stored, read = await self._read(wanted, caller)
+            except Refusal:
+                raise _no_history(response_id or "") from None
+            size += read
+            if len(turns) >= MAX_TURNS or size > MAX_HISTORY_BYTES:
+                text = "The conversation is too long to be continued by its id; send its items instead."
+                raise Refusal(400, text, param="previous_response_id")
+            output = stored.resource.get("output")
+            turns.append([*stored.input, *(output if isinstance(output, list) else ())])
+            previous = stored.resource.get("previous_response_id")
+            wanted = previous if isinstance(previous, str) else None
+        return STORED_ITEMS.validate_python([item for turn in reversed(turns) for item in turn])
+
+    async def _read(self, response_id: str, caller: Caller) -> tuple[StoredResponse, int]:
+        try:
+            content = await self._backend.get_record(COLLECTION, response_id, caller)
+        except CoreError as error:
+            raise _missing(error, response_id) from error
+        record = json.loads(content)
+        return StoredResponse(resource=record["response"], input=record["input"]), len(content)
+
+
+def _missing(error: CoreError, response_id: str) -> Exception:
+    if error.reason != _NO_RECORD:
+        return error
+    return Refusal(404, f"Response with id '{response_id}' not found.", code="not_found")
+
+
+def _no_history(response_id: str) -> Refusal:
+    return Refusal(
+        400,
+        f"Previous response with id '{response_id}' not found.",
+        code="previous_response_not_found",
+        param="previous_response_id",
+    )
