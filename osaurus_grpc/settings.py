@@ -47,6 +47,8 @@ class Settings:
         keep_alive_seconds: Unload a model that was not used for so long; negative is never.
         dtype: "auto", or what weights are held in: "float32", "float16", "bfloat16", "native".
         blas_threads: Threads of the CPU's BLAS; 0 chooses.
+        max_sessions: Conversations that the core remembers under their session ids; 0 remembers none.
+        session_idle_seconds: A session unused for so long is forgotten.
         max_records: Records that front ends may keep in the core; 0 keeps none.
         max_record_bytes: Bytes of all those records together.
         record_ttl_seconds: How long a record is kept whose caller does not say.
@@ -78,6 +80,8 @@ class Settings:
     keep_alive_seconds: float = -1.0
     dtype: str = "auto"
     blas_threads: int = 0
+    max_sessions: int = 32
+    session_idle_seconds: int = 300
     max_records: int = 10_000
     max_record_bytes: int = 256 * 2**20
     record_ttl_seconds: int = 86_400
@@ -217,6 +221,11 @@ def _add_limits(target: configargparse.ArgumentParser, defaults: Settings) -> No
 def _add_memory(target: configargparse.ArgumentParser, defaults: Settings) -> None:
     """Declare what the core remembers for callers."""
     add = target.add_argument
+    add("--max-sessions", env_var="OSAURUS_MAX_SESSIONS", type=whole(0), default=defaults.max_sessions,
+        metavar="N", help="conversations kept by session_id, 0 for none (default %(default)s)")  # fmt: skip
+    add("--session-idle-seconds", env_var="OSAURUS_SESSION_IDLE_SECONDS", type=whole(1), metavar="S",
+        default=defaults.session_idle_seconds,
+        help="forget a conversation unused for so long (default %(default)s)")  # fmt: skip
     add("--max-records", env_var="OSAURUS_MAX_RECORDS", type=whole(0), default=defaults.max_records,
         metavar="N", help="stored answers kept in memory, 0 for none (default %(default)s)")  # fmt: skip
     add("--max-record-bytes", env_var="OSAURUS_MAX_RECORD_BYTES", type=whole(0, 2**62), metavar="N",
@@ -250,6 +259,8 @@ def from_namespace(values: argparse.Namespace) -> Settings:
         keep_alive_seconds=values.keep_alive_seconds,
         dtype=values.dtype,
         blas_threads=values.blas_threads,
+        max_sessions=values.max_sessions,
+        session_idle_seconds=values.session_idle_seconds,
         max_records=values.max_records,
         max_record_bytes=values.max_record_bytes,
         record_ttl_seconds=values.record_ttl_seconds,

@@ -60,11 +60,28 @@ class Shield:
 
     def encode(self, rendered: str) -> list[int]:
         """Tokenizes a rendered conversation, whose template writes the beginning-of-sequence token."""
-        first, *rest = rendered.split(self._mark) if self._mark else [rendered]
+        first, *rest = self._pieces(rendered)
         token_ids = self._encode(first)
         for piece in rest:
             token_ids += encode_inner(self._tokenizer, piece)
         return token_ids
+
+    def encode_rest(self, rendered: str) -> list[int]:
+        """Tokenizes what is left of a rendered conversation whose beginning is tokens already."""
+        return [
+            token_id for piece in self._pieces(rendered) for token_id in encode_inner(self._tokenizer, piece)
+        ]
+
+    def recut(self, rendered: str, other: Shield) -> str:
+        """What another shield of the same tokenizer rendered, with this one's cuts."""
+        return rendered.replace(other._mark, self._mark) if other._mark else rendered
+
+    def is_control_token_next(self, rendered: str) -> bool:
+        """Whether a control token of the template's own begins the text."""
+        return self._names.match(rendered) is not None
+
+    def _pieces(self, rendered: str) -> list[str]:
+        return rendered.split(self._mark) if self._mark else [rendered]
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))

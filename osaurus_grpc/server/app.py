@@ -37,6 +37,7 @@ from osaurus_grpc.server.listing import Listing
 from osaurus_grpc.server.models import ModelService
 from osaurus_grpc.server.records import RecordService, RecordStore
 from osaurus_grpc.server.reflection import add_reflection
+from osaurus_grpc.server.sessions import Sessions
 from osaurus_grpc.settings import Settings, is_loopback
 from osaurus_grpc.telemetry import Telemetry
 from osaurus_grpc.v1 import inference_service_pb2, model_service_pb2, record_service_pb2
@@ -169,6 +170,7 @@ class Core:
             residency=self.residency,
             engine=self.engine,
             admission=admission,
+            sessions=Sessions(max_sessions=settings.max_sessions, idle_seconds=settings.session_idle_seconds),
             telemetry=self.telemetry,
             max_output_tokens=settings.max_output_tokens,
         )

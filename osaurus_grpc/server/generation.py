@@ -9,13 +9,16 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
 from osaurus_grpc.engine.engine import Engine
+from osaurus_grpc.models.catalog import ModelEntry
 from osaurus_grpc.models.residency import LoadedModel, Residency
 from osaurus_grpc.server import calls
 from osaurus_grpc.server.admission import Admission
+from osaurus_grpc.server.conversation import Conversation
 from osaurus_grpc.server.convert import completion_event, seconds_from_duration
 from osaurus_grpc.server.listing import Listing
-from osaurus_grpc.server.prompts import Prompt, chat_prompt, completion_prompt
+from osaurus_grpc.server.prompts import Prompt, completion_prompt
 from osaurus_grpc.server.run import Request, Run, output_budget
+from osaurus_grpc.server.sessions import SessionKey, Sessions
 from osaurus_grpc.server.validation import (
     chat_violations,
     completion_violations,
@@ -33,6 +36,10 @@ def keep_alive_seconds(request: Request) -> float | None:
     return seconds_from_duration(request.keep_alive) if request.HasField("keep_alive") else None
 
 
+def _session_key(request: chat_pb2.ChatRequest, entry: ModelEntry) -> SessionKey:
+    return SessionKey(calls.current().caller, entry.id, request.session_id)
+
+
 class Generation:
     """Answers chat and completion requests.
 
@@ -41,6 +48,7 @@ class Generation:
         residency: Loads them.
         engine: Generates.
         admission: Says which requests a model takes.
+        sessions: Conversations that are remembered.
         telemetry: Where tokens and times are counted.
         max_output_tokens: The server's cap of an answer's length; 0 is none.
     """
@@ -52,6 +60,7 @@ class Generation:
         residency: Residency,
         engine: Engine,
         admission: Admission,
+        sessions: Sessions,
         telemetry: Telemetry,
         max_output_tokens: int,
     ) -> None:
@@ -59,6 +68,7 @@ class Generation:
         self._residency = residency
         self._engine = engine
         self._admission = admission
+        self._sessions = sessions
         self._telemetry = telemetry
         self._max_output_tokens = max_output_tokens
 
@@ -79,12 +89,31 @@ class Generation:
         require_valid(chat_violations(request))
         require_supported(request)
 
-        async def prompt(model: LoadedModel) -> Prompt:
-            return await chat_prompt(request, model)
+        entry = await self._listing.find(request.model)
+        with self._sessions.turn(_session_key(request, entry)) as turn:
+            conversation = Conversation(request, turn.history)
 
-        async with aclosing(self._answered(request, prompt, wants_progress=wants_progress)) as events:
-            async for event in events:
-                yield event
+            def observe(event: chat_pb2.ChatStreamResponse, run: Run) -> None:
+                # Kept before the last event is out, for a caller that goes on at once.
+                if turn.is_kept and conversation.observe(event):
+                    turn.keep(conversation.history(run.choices[0].token_ids))
+
+            answered = self._answered(
+                request, entry, conversation.prompt, observe=observe, wants_progress=wants_progress
+            )
+            async with aclosing(answered) as events:
+                async for event in events:
+                    yield event
+
+    async def chat_prompt(self, request: chat_pb2.ChatRequest, model: LoadedModel) -> Prompt:
+        """The prompt that chat() would send; its session is left alone.
+
+        Raises:
+            OsaurusError: As chat().
+        """
+        require_valid(model_violations(request, model.vocab_size))
+        history = self._sessions.peek(_session_key(request, model.entry))
+        return await Conversation(request, history).prompt(model)
 
     async def complete(
         self, request: completion_pb2.CompleteRequest, *, wants_progress: bool = False
@@ -96,19 +125,22 @@ class Generation:
         async def prompt(model: LoadedModel) -> Prompt:
             return await completion_prompt(request, model)
 
-        async with aclosing(self._answered(request, prompt, wants_progress=wants_progress)) as events:
+        entry = await self._listing.find(request.model)
+        answered = self._answered(request, entry, prompt, wants_progress=wants_progress)
+        async with aclosing(answered) as events:
             async for event in events:
                 yield completion_event(event)
 
     async def _answered(
         self,
         request: Request,
+        entry: ModelEntry,
         make_prompt: Callable[[LoadedModel], Awaitable[Prompt]],
         *,
+        observe: Callable[[chat_pb2.ChatStreamResponse, Run], None] = lambda event, run: None,
         wants_progress: bool,
     ) -> AsyncGenerator[chat_pb2.ChatStreamResponse, None]:
         call = calls.current()
-        entry = await self._listing.find(request.model)
         call.model = entry.id
         with self._admission.admit(entry.id):
             async with self._residency.lease(entry, keep_alive_seconds(request)) as lease:
@@ -133,6 +165,7 @@ class Generation:
                 try:
                     async with aclosing(run.events(self._engine, self._telemetry)) as events:
                         async for event in events:
+                            observe(event, run)
                             yield event
                 finally:
                     self._telemetry.tokens(

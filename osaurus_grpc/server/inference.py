@@ -14,10 +14,8 @@ from osaurus_grpc.server.embedding import Embedding
 from osaurus_grpc.server.fold import ChatFold, CompletionFold
 from osaurus_grpc.server.generation import Generation, keep_alive_seconds
 from osaurus_grpc.server.listing import Listing
-from osaurus_grpc.server.prompts import chat_prompt
 from osaurus_grpc.server.validation import (
     chat_violations,
-    model_violations,
     require_supported,
     require_valid,
 )
@@ -93,8 +91,7 @@ class InferenceService(InferenceServiceServicer):
         keep_alive = None if chat is None else keep_alive_seconds(chat)
         async with self._residency.lease(entry, keep_alive) as lease:
             if chat is not None:
-                require_valid(model_violations(chat, lease.model.vocab_size))
-                count = len((await chat_prompt(chat, lease.model)).token_ids)
+                count = len((await self._generation.chat_prompt(chat, lease.model)).token_ids)
             else:
                 tokenizer = lease.model.tokenizer
                 text = request.text

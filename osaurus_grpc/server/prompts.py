@@ -1,4 +1,4 @@
-"""Validated requests to prompts of tokens, long ones in a thread."""
+"""What answers continue, and raw prompts; those of conversations are made in conversation.py."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from osaurus_grpc.chat import raw
-from osaurus_grpc.chat.template import is_continuation, render
 from osaurus_grpc.models.residency import LoadedModel
-from osaurus_grpc.server.convert import message_from_proto, template_arguments
-from osaurus_grpc.v1 import chat_pb2, completion_pb2
+from osaurus_grpc.v1 import completion_pb2
 
-# Below this, rendering takes about as long as handing it to a thread and back.
+# Below this, tokenizing takes about as long as handing it to a thread and back.
 _SHORT_PROMPT_CHARACTERS: Final = 4_096
 
 
@@ -33,37 +31,10 @@ class Prompt:
     end_tokens: frozenset[int] = frozenset()
 
 
-async def chat_prompt(request: chat_pb2.ChatRequest, model: LoadedModel) -> Prompt:
-    """A conversation, rendered, behind the tokens that the request puts before it.
-
-    Raises:
-        InvalidRequestError: The model's template refuses the conversation.
-        CapabilityError: The model has no chat template.
-    """
-    messages = [message_from_proto(message) for message in request.messages]
-    arguments = template_arguments(request)
-    enabled = request.reasoning_enabled if request.HasField("reasoning_enabled") else None
-    tokenizer = model.tokenizer
-    context = tuple(request.context_token_ids)
-
-    def work() -> Prompt:
-        token_ids = render(
-            tokenizer,
-            messages,
-            template_arguments=arguments,
-            reasoning_effort=request.reasoning_effort,
-            reasoning_enabled=enabled,
-        )
-        if context:
-            token_ids = raw.without_beginning(tokenizer, token_ids)
-        return Prompt((*context, *token_ids), is_continued=is_continuation(messages))
-
-    is_short = sum(len(message.content) for message in messages) < _SHORT_PROMPT_CHARACTERS
-    return work() if is_short else await asyncio.to_thread(work)
-
-
 async def completion_prompt(request: completion_pb2.CompleteRequest, model: LoadedModel) -> Prompt:
     """A text or tokens as they are, or a text with a gap in it where the request has a suffix.
+
+    A long text is tokenized in a thread.
 
     Raises:
         InvalidRequestError: There is nothing to continue.

@@ -453,7 +453,12 @@ class ChatRequest(_message.Message):
     choice_count: _builtins.int
     """Answers wanted, 1 to 16. Default 1. With a seed, choice i is drawn with seed + i."""
     session_id: _builtins.str
-    """Names a conversation whose KV cache the server keeps. Empty: none."""
+    """Names a conversation that the server remembers, with this model and for callers with this key.
+    Messages without an assistant's and without a system's continue it; any others restart it with
+    what is sent. A turn is remembered when its answer is complete, of several answers the first: a
+    request that fails or is cancelled leaves the conversation as it was. While one is answered,
+    others of the same name see what was remembered before it, and are not remembered. Empty: none.
+    """
     chat_template_kwargs_json: _builtins.str
     """A JSON object of extra variables for the chat template."""
     reasoning_effort: _builtins.str

@@ -1,0 +1,98 @@
+"""A chat request with the session it is part of: its prompt, and what is remembered of its answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+from osaurus_grpc.chat import raw
+from osaurus_grpc.chat.template import Rendering, apply_template, is_continuation
+from osaurus_grpc.chat.transcript import Transcript, encode_after
+from osaurus_grpc.models.residency import LoadedModel
+from osaurus_grpc.server.convert import message_from_proto, template_arguments
+from osaurus_grpc.server.fold import ChatFold
+from osaurus_grpc.server.prompts import Prompt
+from osaurus_grpc.server.sessions import History
+from osaurus_grpc.v1 import chat_pb2
+
+# Below this, rendering takes about as long as handing it to a thread and back.
+_SHORT_PROMPT_CHARACTERS: Final = 4_096
+
+
+class Conversation:
+    """A validated request's conversation, from its prompt to the history it leaves.
+
+    Args:
+        request: The request.
+        history: What its session remembers; nothing without a session.
+    """
+
+    def __init__(self, request: chat_pb2.ChatRequest, history: History) -> None:
+        self._request = request
+        self._messages = history.continued_by([message_from_proto(m) for m in request.messages])
+        self._remembered = history
+        self._model: LoadedModel | None = None
+        self._rendering: Rendering | None = None
+        self._prompt: tuple[int, ...] = ()
+        self._fold = ChatFold()
+
+    async def prompt(self, model: LoadedModel) -> Prompt:
+        """The conversation, rendered, behind the tokens that the request puts before it.
+
+        A long one is rendered in a thread. What the model read and wrote in the session's last turn
+        keeps its tokens.
+
+        Raises:
+            InvalidRequestError: The model's template refuses the conversation.
+            CapabilityError: The model has no chat template.
+        """
+        is_short = sum(len(message.content) for message in self._messages) < _SHORT_PROMPT_CHARACTERS
+        self._model = model
+        self._rendering, token_ids = (
+            self._rendered(model) if is_short else await asyncio.to_thread(self._rendered, model)
+        )
+        context = self._request.context_token_ids
+        if context:
+            token_ids = raw.without_beginning(model.tokenizer, token_ids)
+        self._prompt = (*context, *token_ids)
+        return Prompt(self._prompt, is_continued=is_continuation(self._messages))
+
+    def _rendered(self, model: LoadedModel) -> tuple[Rendering, list[int]]:
+        request = self._request
+        rendering = apply_template(
+            model.tokenizer,
+            self._messages,
+            template_arguments=template_arguments(request),
+            reasoning_effort=request.reasoning_effort,
+            reasoning_enabled=request.reasoning_enabled if request.HasField("reasoning_enabled") else None,
+        )
+        remembered = self._remembered
+        is_same_model = remembered.fingerprint == model.fingerprint
+        transcript = remembered.transcript if is_same_model else None
+        return rendering, encode_after(transcript, rendering, model.tokenizer)
+
+    def observe(self, event: chat_pb2.ChatStreamResponse) -> bool:
+        """Take the next event of the answer; whether it is the last, and the answer complete."""
+        self._fold.feed(event)
+        return event.WhichOneof("event") == "completed"
+
+    def history(self, answer_tokens: Sequence[int]) -> History:
+        """What is to be remembered once the answer is complete: of several answers, the first.
+
+        Args:
+            answer_tokens: The first answer's.
+        """
+        assert self._model is not None
+        assert self._rendering is not None
+        answer = message_from_proto(self._fold.response().choices[0].message)
+        earlier = self._messages
+        if is_continuation(earlier):
+            answer = replace(answer, content=earlier[-1].content + answer.content)
+            earlier = earlier[:-1]
+        return History(
+            messages=(*earlier, answer),
+            transcript=Transcript.of(self._rendering, self._prompt, answer_tokens),
+            fingerprint=self._model.fingerprint,
+        )
