@@ -43,6 +43,9 @@ class Settings:
             none, negative takes a tenth of the memory.
         kv_cache_bytes: Of the KV caches of all models, of running requests and kept ones; negative
             takes three quarters of the memory that is free when the weights are in.
+        prompt_cache_dir: Where KV caches are written, to be found again after a restart; None writes none.
+        prompt_cache_dir_bytes: Of these files; negative takes 30 GiB or a quarter of what is free there
+            at the start, whichever is less.
         max_loaded_models: Models in memory at once; the least recently used idle one makes way.
         keep_alive_seconds: Unload a model that was not used for so long; negative is never.
         dtype: "auto", or what weights are held in: "float32", "float16", "bfloat16", "native".
@@ -76,6 +79,8 @@ class Settings:
     prefill_chunk_tokens: int = 512
     prompt_cache_bytes: int = -1
     kv_cache_bytes: int = -1
+    prompt_cache_dir: Path | None = None
+    prompt_cache_dir_bytes: int = -1
     max_loaded_models: int = 3
     keep_alive_seconds: float = -1.0
     dtype: str = "auto"
@@ -190,6 +195,12 @@ def _add_limits(target: configargparse.ArgumentParser, defaults: Settings) -> No
         default=defaults.kv_cache_bytes,
         help="of the KV caches of all models together; requests wait while theirs would not fit "
         "(default three quarters of the memory that the weights leave)")  # fmt: skip
+    add("--prompt-cache-dir", env_var="OSAURUS_PROMPT_CACHE_DIR", type=expanded_path, default=None,
+        metavar="DIR", help="write KV caches there, for requests that begin alike after a restart; "
+        "they hold conversations (default: they are not written)")  # fmt: skip
+    add("--prompt-cache-dir-bytes", env_var="OSAURUS_PROMPT_CACHE_DIR_BYTES", type=whole(-1, 2**62),
+        default=defaults.prompt_cache_dir_bytes, metavar="N",
+        help="of the files there (default 30 GiB, or a quarter of the free space if less)")  # fmt: skip
     add("--max-loaded-models", env_var="OSAURUS_MAX_LOADED_MODELS", type=whole(1, 1024), metavar="N",
         default=defaults.max_loaded_models, help="models in memory (default %(default)s)")  # fmt: skip
     add("--keep-alive-seconds", env_var="OSAURUS_KEEP_ALIVE_SECONDS", type=float, metavar="S",
@@ -255,6 +266,8 @@ def from_namespace(values: argparse.Namespace) -> Settings:
         prefill_chunk_tokens=values.prefill_chunk_tokens,
         prompt_cache_bytes=values.prompt_cache_bytes,
         kv_cache_bytes=values.kv_cache_bytes,
+        prompt_cache_dir=values.prompt_cache_dir,
+        prompt_cache_dir_bytes=values.prompt_cache_dir_bytes,
         max_loaded_models=values.max_loaded_models,
         keep_alive_seconds=values.keep_alive_seconds,
         dtype=values.dtype,

@@ -26,6 +26,7 @@ _ENGINE_GAUGES: Final = (
     ("osaurus_kv_running_bytes", "What KV caches of running sequences are counted as.", "kv_running_bytes"),
     ("osaurus_kv_kept_bytes", "KV caches kept for requests that begin alike.", "kv_kept_bytes"),
     ("osaurus_kv_budget_bytes", "What all KV caches together may take.", "kv_budget_bytes"),
+    ("osaurus_kv_disk_bytes", "KV caches in files.", "kv_disk_bytes"),
     ("osaurus_kv_preemptions", "Times a sequence gave its place back for want of memory.", "preemptions"),
 )
 

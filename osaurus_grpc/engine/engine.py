@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 from osaurus_grpc.engine.memory import KVBudget, KVMemory
+from osaurus_grpc.engine.prefix_disk import PrefixDisk
 from osaurus_grpc.engine.runner import Delivery
 from osaurus_grpc.engine.sequence import Sequence
 from osaurus_grpc.engine.types import (
@@ -57,6 +58,7 @@ class EngineStats:
         kv_running_bytes: What the KV caches of running sequences are counted as.
         kv_kept_bytes: KV caches kept for requests that begin alike.
         kv_budget_bytes: What both together may take.
+        kv_disk_bytes: KV caches in files.
         preemptions: Times a sequence gave its place back because memory ran out.
     """
 
@@ -67,6 +69,7 @@ class EngineStats:
     kv_running_bytes: int
     kv_kept_bytes: int
     kv_budget_bytes: int
+    kv_disk_bytes: int
     preemptions: int
 
 
@@ -112,6 +115,7 @@ class Engine:
             keeps none.
         kv_cache_bytes: Of the KV caches of all models, running and kept; negative is a share of the
             memory that is free when their weights are in.
+        prefix_disk: Keeps beginnings beyond the end of the process; the engine starts and stops it.
     """
 
     def __init__(
@@ -122,6 +126,7 @@ class Engine:
         prefill_chunk_tokens: int,
         prompt_cache_bytes: int = 0,
         kv_cache_bytes: int = -1,
+        prefix_disk: PrefixDisk | None = None,
     ) -> None:
         self._max_batch_size = max_batch_size
         self._max_waiting = max_waiting_requests
@@ -133,7 +138,9 @@ class Engine:
             prefill_chunk_tokens=prefill_chunk_tokens,
             prompt_cache_bytes=prompt_cache_bytes,
             budget=self._budget,
+            prefix_disk=prefix_disk,
         )
+        self._prefix_disk = prefix_disk
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inboxes: dict[Sequence, _Inbox] = {}
         self._models: dict[str, _Attached] = {}
@@ -152,6 +159,8 @@ class Engine:
         Raises RuntimeError where mlx-lm does not behave as the engine expects.
         """
         self._loop = asyncio.get_running_loop()
+        if self._prefix_disk is not None:
+            self._prefix_disk.start()
         self._worker.start()
         ready = asyncio.ensure_future(self.call(lambda: None))
         while not ready.done():
@@ -167,6 +176,8 @@ class Engine:
             inbox.put(DrainingError())
         if not await asyncio.to_thread(self._worker.stop, _STOP_SECONDS):
             logger.error("event=mlx_thread_stuck")
+        if self._prefix_disk is not None:
+            await asyncio.to_thread(self._prefix_disk.stop)
 
     async def death(self) -> None:
         """Wait until the MLX thread has died of an error. Nothing can be generated from then on."""
@@ -205,7 +216,13 @@ class Engine:
         return answer
 
     async def attach(
-        self, model_id: str, model: object, end_tokens: tuple[int, ...], vocab_size: int
+        self,
+        model_id: str,
+        model: object,
+        end_tokens: tuple[int, ...],
+        vocab_size: int,
+        *,
+        identity: str = "",
     ) -> None:
         """Take a loaded mlx-lm model into service.
 
@@ -214,8 +231,12 @@ class Engine:
             model: The model, built and evaluated on the MLX thread.
             end_tokens: Ids that end an answer.
             vocab_size: Width of its logits.
+            identity: Changes with weights, dtype and whatever else changes what the model computes;
+                under it, its beginnings are kept on the disk. "" keeps none there.
         """
-        memory = await self.call(lambda: self._worker.attach(model_id, model, end_tokens, vocab_size))
+        memory = await self.call(
+            lambda: self._worker.attach(model_id, model, end_tokens, vocab_size, identity)
+        )
         self._models[model_id] = _Attached(vocab_size, memory)
 
     def attach_embedder(self, model_id: str, embedder: Embedder) -> None:
@@ -283,6 +304,7 @@ class Engine:
             kv_running_bytes=self._budget.running_bytes,
             kv_kept_bytes=self._budget.kept_bytes,
             kv_budget_bytes=self._budget.limit_bytes,
+            kv_disk_bytes=self._prefix_disk.nbytes if self._prefix_disk is not None else 0,
             preemptions=self._budget.preemptions,
         )
 

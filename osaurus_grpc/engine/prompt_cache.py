@@ -20,7 +20,7 @@ from osaurus_grpc.models.platform import mx  # isort: skip  # first: it loads th
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,12 +166,29 @@ class PromptCache:
         self._ends: dict[bytes, dict[tuple[int, ...], None]] = {}
         self._bytes = 0
         self._stable_bytes = 0
+        # Called after store() with what it was given.
+        self.on_store: Callable[[Chain, Sequence[int]], None] | None = None
         self.slots = Slots(int(_SLOT_SHARE * max_bytes) if layout.is_plain else 0)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         return self._bytes + self.slots.nbytes
+
+    @property
+    def layout(self) -> CacheLayout:
+        """The kinds of the model's caches."""
+        return self._layout
+
+    @property
+    def bits(self) -> int:
+        """Of keys and values while they are kept; 0 where they are kept as they are."""
+        return self._bits
+
+    @property
+    def max_bytes(self) -> int:
+        """Bytes held at most."""
+        return self._max_bytes
 
     @property
     def is_plain(self) -> bool:
@@ -285,6 +302,25 @@ class PromptCache:
         starts = [lane.start(len(row.tokens)) // BLOCK_TOKENS for lane in self._layout.lanes]
         for block in range(blocks - 1, -1, -1):
             self._touch_block(chain.names[block], block, starts, is_stable=block < stable_blocks)
+        if self.on_store is not None:
+            self.on_store(chain, row.tokens)
+        self._make_way()
+
+    def pieces(self, name: bytes) -> dict[int, Piece]:
+        """What there is of a block, by lane."""
+        held = {lane: self._records.get((lane, name)) for lane in range(len(self._layout.lanes))}
+        return {lane: one.record for lane, one in held.items() if one and isinstance(one.record, Piece)}
+
+    def adopt(self, name: bytes, pieces: Mapping[int, Piece]) -> None:
+        """Take in a block that was computed elsewhere; its arrays are evaluated and nobody else's.
+
+        Args:
+            name: The block's.
+            pieces: By lane.
+        """
+        for lane, piece in pieces.items():
+            if (lane, name) not in self._records:
+                self._add((lane, name), piece)
         self._make_way()
 
     def shrink(self, max_bytes: int) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from osaurus_grpc.engine.batch import Batch, BatchEvent, Decoded, Prefilled
+from osaurus_grpc.engine.persistence import Persistence
 from osaurus_grpc.engine.sampling import RowSampler
 from osaurus_grpc.engine.scheduler import Scheduler
 from osaurus_grpc.engine.sequence import Sequence
@@ -36,16 +37,25 @@ class Runner:
         make_batch: Makes an empty batch of the model.
         vocab_size: Width of the model's logits.
         scheduler: Its queue.
+        persistence: Reads beginnings from the disk; None where none are there.
     """
 
     def __init__(
-        self, model_id: str, make_batch: Callable[[], Batch], vocab_size: int, scheduler: Scheduler
+        self,
+        model_id: str,
+        make_batch: Callable[[], Batch],
+        vocab_size: int,
+        scheduler: Scheduler,
+        persistence: Persistence | None = None,
     ) -> None:
         self._model_id = model_id
         self._make_batch = make_batch
         self._vocab_size = vocab_size
         self._batch = make_batch()
         self.scheduler = scheduler
+        self._persistence = persistence
+        if persistence is not None:
+            persistence.on_resume(self._enqueue)
         self._suspects: deque[Sequence] = deque()
         self._on_trial: Sequence | None = None
         # Taken out of the queue and not yet in the batch: what an error between the two must not lose.
@@ -59,8 +69,12 @@ class Runner:
         return bool(len(self.scheduler) or self._suspects or self._leaving or not self._batch.is_tidy)
 
     def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence."""
+        """Queue a sequence, once what the disk has of its beginning is read."""
         sequence.chain.extend(sequence.prefill_tokens)
+        if self._persistence is None or not self._persistence.restore(sequence):
+            self._enqueue(sequence)
+
+    def _enqueue(self, sequence: Sequence) -> None:
         sequence.cached_tokens = self._batch.match_length(sequence.chain, sequence.prefill_tokens)
         self.scheduler.waiting.append(sequence)
 
@@ -73,6 +87,8 @@ class Runner:
             self._suspects.remove(sequence)
         if self._on_trial is sequence:
             self._on_trial = None
+        if self._persistence is not None:
+            self._persistence.forget(sequence)
         self.scheduler.ended(sequence)
 
     def step(self) -> list[Delivery]:
@@ -211,6 +227,8 @@ class Runner:
     def close(self) -> list[Sequence]:
         """Give everything up; returns the sequences that were live."""
         live = [*self.scheduler.restart(), *self.scheduler.waiting, *self._suspects]
+        if self._persistence is not None:
+            live.extend(self._persistence.close())
         self.scheduler.waiting.clear()
         self._suspects.clear()
         self._leaving.clear()

@@ -17,7 +17,9 @@ from typing import TypeAlias
 from osaurus_grpc.engine import footprint
 from osaurus_grpc.engine.batch import Batch, self_test
 from osaurus_grpc.engine.memory import KVBudget, KVMemory
-from osaurus_grpc.engine.prompt_cache import prompt_cache_of
+from osaurus_grpc.engine.persistence import Persistence
+from osaurus_grpc.engine.prefix_disk import PrefixDisk
+from osaurus_grpc.engine.prompt_cache import PromptCache, prompt_cache_of
 from osaurus_grpc.engine.runner import Delivery, Runner
 from osaurus_grpc.engine.scheduler import Scheduler
 from osaurus_grpc.models.platform import memory_bytes, mx
@@ -38,6 +40,7 @@ class Worker:
         prefill_chunk_tokens: Prompt tokens between two decode steps at most.
         prompt_cache_bytes: Of a model's kept beginnings; 0 keeps none.
         budget: Of the KV caches of all models.
+        prefix_disk: Keeps beginnings beyond the end of the process; None keeps none.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Worker:
         prefill_chunk_tokens: int,
         prompt_cache_bytes: int,
         budget: KVBudget,
+        prefix_disk: PrefixDisk | None = None,
     ) -> None:
         self._deliver = deliver
         self._report_death = report_death
@@ -56,6 +60,7 @@ class Worker:
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self._prompt_cache_bytes = prompt_cache_bytes
         self._budget = budget
+        self._prefix_disk = prefix_disk
         self._memories: dict[str, KVMemory] = {}
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._runners: dict[str, Runner] = {}
@@ -92,7 +97,9 @@ class Worker:
         """The runner of a loaded model. On the MLX thread only."""
         return self._runners.get(model_id)
 
-    def attach(self, model_id: str, model: object, end_tokens: tuple[int, ...], vocab_size: int) -> KVMemory:
+    def attach(
+        self, model_id: str, model: object, end_tokens: tuple[int, ...], vocab_size: int, identity: str = ""
+    ) -> KVMemory:
         """Take a loaded model into service; returns its part of the KV budget. On the MLX thread only."""
         prompt_cache = prompt_cache_of(model, self._prompt_cache_bytes)
         memory = KVMemory(self._budget, footprint.measure(model), prompt_cache)
@@ -106,9 +113,17 @@ class Worker:
         def make_batch() -> Batch:
             return Batch(model, end_tokens, self._max_batch_size, prompt_cache)
 
-        self._runners[model_id] = Runner(model_id, make_batch, vocab_size, scheduler)
+        persistence = self._persistence(model, prompt_cache, identity)
+        self._runners[model_id] = Runner(model_id, make_batch, vocab_size, scheduler, persistence)
         self._memories[model_id] = memory
         return memory
+
+    def _persistence(self, model: object, store: PromptCache, identity: str) -> Persistence | None:
+        """What keeps a model's beginnings on the disk, where it can be done."""
+        # Recurrent states exist at few places of a sequence and are not written.
+        if self._prefix_disk is None or not identity or not store.max_bytes or store.layout.states:
+            return None
+        return Persistence(self._prefix_disk, store, identity, model, self.post)
 
     def detach(self, model_id: str) -> Runner | None:
         """Take a model out of service and free what can be freed. On the MLX thread only.

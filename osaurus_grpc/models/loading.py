@@ -41,9 +41,18 @@ class MlxHost(Protocol):
         ...
 
     async def attach(
-        self, model_id: str, model: object, end_tokens: tuple[int, ...], vocab_size: int
+        self,
+        model_id: str,
+        model: object,
+        end_tokens: tuple[int, ...],
+        vocab_size: int,
+        *,
+        identity: str,
     ) -> None:
-        """Take a model that generates into service."""
+        """Take a model that generates into service.
+
+        Its identity changes with whatever changes what it computes.
+        """
         ...
 
     def attach_embedder(self, model_id: str, embedder: Embedder) -> None:
@@ -109,7 +118,8 @@ async def load_model(host: MlxHost, entry: ModelEntry, dtype: str) -> LoadedMode
         vocab_size, context_length = model.config.vocab_size, model.config.context_length
     else:
         vocab_size = await host.call(lambda: _probe(entry, model))
-        await host.attach(entry.id, model, tuple(sorted(eos_token_ids)), vocab_size)
+        identity = _identity(entry, dtype)
+        await host.attach(entry.id, model, tuple(sorted(eos_token_ids)), vocab_size, identity=identity)
     if embedder is not None:
         host.attach_embedder(entry.id, embedder)
     return LoadedModel(
@@ -137,9 +147,14 @@ def estimated_bytes(entry: ModelEntry, dtype: str) -> int:
     return entry.size_bytes
 
 
-def _fingerprint(entry: ModelEntry, dtype: str) -> str:
+def _identity(entry: ModelEntry, dtype: str) -> str:
+    """Changes with weights, dtype and engine: with all that changes what a model computes."""
     parts = (entry.digest, dtype, importlib.metadata.version("mlx"), importlib.metadata.version("mlx-lm"))
-    return "fp_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:10]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _fingerprint(entry: ModelEntry, dtype: str) -> str:
+    return "fp_" + _identity(entry, dtype)[:10]
 
 
 def _load_tokenizer(entry: ModelEntry) -> tuple[Any, frozenset[int]]:

@@ -21,6 +21,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from osaurus_grpc.engine.engine import Engine
+from osaurus_grpc.engine.prefix_disk import PrefixDisk
+from osaurus_grpc.engine.prefix_files import PrefixDirectoryError, PrefixFiles
 from osaurus_grpc.errors import EngineError, OsaurusError
 from osaurus_grpc.models import platform
 from osaurus_grpc.models.catalog import Catalog
@@ -126,6 +128,9 @@ class Core:
 
     Args:
         settings: What it was told.
+
+    Raises:
+        StartError: The directory for KV caches cannot be used.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -138,6 +143,7 @@ class Core:
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
             prompt_cache_bytes=_prompt_cache_bytes(settings),
             kv_cache_bytes=settings.kv_cache_bytes,
+            prefix_disk=_prefix_disk(settings),
         )
         self.telemetry.watch_engine(self.engine.stats)
         self._catalog = Catalog(
@@ -286,6 +292,17 @@ def _prompt_cache_bytes(settings: Settings) -> int:
     if settings.prompt_cache_bytes >= 0:
         return settings.prompt_cache_bytes
     return platform.memory_bytes() // 10
+
+
+def _prefix_disk(settings: Settings) -> PrefixDisk | None:
+    """Where KV caches are kept beyond the end of the process."""
+    directory, max_bytes = settings.prompt_cache_dir, settings.prompt_cache_dir_bytes
+    if directory is None:
+        return None
+    try:
+        return PrefixDisk(PrefixFiles(directory, max_bytes))
+    except PrefixDirectoryError as error:
+        raise StartError(f"cannot keep KV caches in {directory} (--prompt-cache-dir): {error}") from error
 
 
 async def _stop_signal() -> signal.Signals:

@@ -22,6 +22,7 @@ MLX_ROOMS = {
     "osaurus_grpc.engine.sampling",
     "osaurus_grpc.engine.prompt_cache",
     "osaurus_grpc.engine.footprint",  # reads shapes off the model's own caches
+    "osaurus_grpc.engine.persistence",  # turns pieces into bytes and back
     "osaurus_grpc.engine.cache_layout",  # takes rows out of mlx-lm's caches and puts them back
     "osaurus_grpc.engine.kv_piece",  # cuts, joins and quantizes what was taken out
     "osaurus_grpc.models.loading",

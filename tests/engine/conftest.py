@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from osaurus_grpc.engine.engine import Engine
+from osaurus_grpc.engine.prefix_disk import PrefixDisk
 from osaurus_grpc.engine.types import (
     EngineEvent,
     GenerationFinished,
@@ -107,6 +108,8 @@ async def running_engine(
     prefill_chunk_tokens: int = 64,
     prompt_cache_bytes: int = 0,
     kv_cache_bytes: int = -1,
+    prefix_disk: PrefixDisk | None = None,
+    identity: str = "",
 ) -> AsyncIterator[Engine]:
     """A started engine that serves one tiny model as "tiny"."""
     engine = Engine(
@@ -115,11 +118,12 @@ async def running_engine(
         prefill_chunk_tokens=prefill_chunk_tokens,
         prompt_cache_bytes=prompt_cache_bytes,
         kv_cache_bytes=kv_cache_bytes,
+        prefix_disk=prefix_disk,
     )
     await engine.start()
     try:
         model = await engine.call(lambda: wrap(tiny_model(kind)))
-        await engine.attach("tiny", model, end_tokens, VOCAB)
+        await engine.attach("tiny", model, end_tokens, VOCAB, identity=identity)
         yield engine
     finally:
         await engine.stop()
