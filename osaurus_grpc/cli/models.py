@@ -1,4 +1,4 @@
-"""osaurus list, show, rm and ps: the models on disk, and those in a running server's memory."""
+"""osaurus list, show, cp, rm and ps: the models on disk, and those in a running server's memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def list_models(arguments: Sequence[str]) -> int:
     """Print the installed models, one a line."""
     parser = command_parser("list", "List the installed models.")
     add_models_options(parser)
-    entries = catalog(core_settings(parser.parse_args(arguments))).entries()
+    entries = catalog(core_settings(parser.parse_args(arguments))).listed()
     if not entries:
         print("(no models installed)")
         note("get one with `osaurus pull smollm2-135m-instruct`.")
@@ -74,15 +74,33 @@ def show_model(arguments: Sequence[str]) -> int:
     return 0
 
 
+def copy_model(arguments: Sequence[str]) -> int:
+    """Give a model a second name; its files stay where they are."""
+    parser = command_parser("cp", "Give an installed model a second name.")
+    parser.add_argument("source", metavar="NAME", help="the model")
+    parser.add_argument("destination", metavar="ALIAS", help="its second name")
+    add_models_options(parser)
+    values = parser.parse_args(arguments)
+    models = catalog(core_settings(values))
+    _find(models, values.source)
+    entry = models.add_alias(values.source, values.destination)
+    print(f"{entry.id} is now a name of {entry.alias_of}.")
+    return 0
+
+
 def remove_model(arguments: Sequence[str]) -> int:
-    """Remove an installed model's files, out of a running server's memory first."""
-    parser = command_parser("rm", "Remove an installed model.")
-    parser.add_argument("name", metavar="NAME", help="the model")
+    """Remove an installed model's files, out of a running server's memory first, or a second name."""
+    parser = command_parser("rm", "Remove an installed model, or a second name of one.")
+    parser.add_argument("name", metavar="NAME", help="the model or the second name")
     add_models_options(parser)
     add_api_key_option(parser)
     values = parser.parse_args(arguments)
     core = core_settings(values)
-    entry = _find(catalog(core), values.name)
+    models = catalog(core)
+    if models.remove_alias(values.name):
+        print(f"Removed the name {values.name}.")
+        return 0
+    entry = _find(models, values.name)
     if not entry.is_managed:
         raise CommandError(
             f"{entry.id} belongs to the Hugging Face cache, which Osaurus only reads. "

@@ -20,8 +20,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from osaurus_grpc.errors import ModelNotFoundError
+from osaurus_grpc.errors import ModelExistsError, ModelNotFoundError
 from osaurus_grpc.models import facts, naming
+from osaurus_grpc.models.aliases import AliasFile, check_alias
 from osaurus_grpc.models.facts import Capability
 from osaurus_grpc.models.inspection import (
     CONFIG_FILE,
@@ -57,6 +58,7 @@ class ModelEntry:
         embedding_length: Width of the hidden state, or 0 where the files do not tell.
         capabilities: What it can do.
         is_managed: It lies below the models directory, so it may be removed.
+        alias_of: The id of the model that this is a second name of; "" for a model itself.
     """
 
     id: str
@@ -72,6 +74,7 @@ class ModelEntry:
     embedding_length: int
     capabilities: frozenset[Capability]
     is_managed: bool
+    alias_of: str = ""
 
 
 class _Candidate(NamedTuple):
@@ -107,6 +110,7 @@ class Catalog:
         self._hub_cache_dir = hub_cache_dir
         self._default_model = default_model
         self._aliases = dict(aliases)
+        self._alias_file = AliasFile(models_dir)
         self._fallback_model = fallback_model
         self._lock = threading.Lock()
         self._candidates: dict[str, _Candidate] = {}
@@ -119,6 +123,58 @@ class Catalog:
             self._refresh()
             return self._entries
 
+    def listed(self) -> tuple[ModelEntry, ...]:
+        """All models, and their aliases as models of those names, sorted by id."""
+        models = self.entries()
+        return tuple(sorted((*models, *self._alias_entries(models)), key=lambda entry: entry.id))
+
+    def _alias_entries(self, models: tuple[ModelEntry, ...]) -> Iterator[ModelEntry]:
+        """Aliases of models that are installed, but for those that a model's own name hides."""
+        by_repo_id = {entry.repo_id: entry for entry in models}
+        ids = {entry.id for entry in models}
+        for alias, repo_id in self._stored_aliases().items():
+            if alias not in ids and (entry := by_repo_id.get(repo_id)) is not None:
+                yield replace(entry, id=alias, alias_of=entry.id)
+
+    def _stored_aliases(self) -> Mapping[str, str]:
+        with self._lock:
+            return self._alias_file.read()
+
+    def find_listed(self, name: str) -> ModelEntry:
+        """As find(), but an alias is found as listed() shows it."""
+        wanted = naming.normalized(name)
+        for entry in self._alias_entries(self.entries()):
+            if entry.id == wanted:
+                return entry
+        return self.find(name)
+
+    def add_alias(self, source: str, destination: str) -> ModelEntry:
+        """Give a model a second name, in place of what that name meant as an alias.
+
+        Returns:
+            The model under its new name.
+
+        Raises:
+            InvalidRequestError: The new name is none that an alias can have.
+            ModelNotFoundError: There is no such model.
+            ModelExistsError: The new name means another model, or is the model's own.
+            OsaurusError: The models directory cannot be written; see AliasFile.add().
+        """
+        alias = check_alias(destination, field="destination")
+        entry = self.find(source)
+        taken = naming.match(alias, {each.id: each.repo_id for each in self.entries()})
+        is_configured = alias in {naming.normalized(each) for each in self._aliases}
+        if alias == entry.id or is_configured or (taken is not None and taken != entry.id):
+            raise ModelExistsError(f"There is a model of that name already: {alias}", model=alias)
+        with self._lock:
+            self._alias_file.add(alias, entry.repo_id)
+        return replace(entry, id=alias, alias_of=entry.id)
+
+    def remove_alias(self, name: str) -> bool:
+        """Drop a second name; False where the name is none. Raises as AliasFile.remove()."""
+        with self._lock:
+            return self._alias_file.remove(naming.normalized(name))
+
     def find(self, name: str) -> ModelEntry:
         """The model that a request's name means.
 
@@ -129,7 +185,8 @@ class Catalog:
         model_id = naming.resolve(
             name,
             {entry.id: entry.repo_id for entry in entries.values()},
-            aliases=self._aliases,
+            # What this server was told wins over what was once written down.
+            aliases={**self._stored_aliases(), **self._aliases},
             default=self._default_model or _only_one(entries.values()),
             fallback=self._fallback_model,
         )

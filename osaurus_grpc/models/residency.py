@@ -24,7 +24,7 @@ from osaurus_grpc.errors import (
 )
 from osaurus_grpc.models.catalog import ModelEntry
 from osaurus_grpc.models.loading import LoadedModel, MlxHost, estimated_bytes, load_model, log_unusable
-from osaurus_grpc.models.platform import memory_bytes
+from osaurus_grpc.models.platform import Device, device, memory_bytes
 
 __all__ = ["Lease", "LoadedModel", "Residence", "ResidenceState", "Residency", "estimated_bytes"]
 
@@ -65,11 +65,13 @@ class Residence:
         state: Whether it is there.
         resident_bytes: Memory its weights take.
         expire_time: When it is unloaded for lack of use; None where it stays.
+        device: "cpu" or "gpu", what holds it; "" where it is not loaded.
     """
 
     state: ResidenceState
     resident_bytes: int = 0
     expire_time: datetime | None = None
+    device: str = ""
 
 
 @dataclass(slots=True)
@@ -175,7 +177,12 @@ class Residency:
             return Residence(ResidenceState.AVAILABLE)
         if slot.model is None:
             return Residence(ResidenceState.LOADING)
-        return Residence(ResidenceState.LOADED, slot.model.resident_bytes, slot.expire_time)
+        return Residence(
+            ResidenceState.LOADED,
+            slot.model.resident_bytes,
+            slot.expire_time,
+            device="cpu" if device() is Device.CPU else "gpu",
+        )
 
     async def close(self) -> None:
         """Refuse new leases and unload everything nobody holds."""

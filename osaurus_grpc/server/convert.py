@@ -176,6 +176,7 @@ def model_to_proto(
         resident_bytes=residence.resident_bytes,
         chat_template=chat_template,
         is_default=is_default,
+        device=residence.device,
     )
     model.modify_time.CopyFrom(_timestamp(entry.modify_time))
     if residence.expire_time is not None:

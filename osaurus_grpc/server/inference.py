@@ -47,15 +47,15 @@ class InferenceService(InferenceServiceServicer):
     async def ListModels(  # noqa: N802 - the contract's name, as below
         self, request: inference_service_pb2.ListModelsRequest, context: Context
     ) -> inference_service_pb2.ListModelsResponse:
-        """Lists the installed models."""
+        """Lists the installed models and their aliases."""
         return await self._listing.page(request.page_size, request.page_token)
 
     async def GetModel(  # noqa: N802
         self, request: inference_service_pb2.GetModelRequest, context: Context
     ) -> inference_service_pb2.GetModelResponse:
         """Describes one model."""
-        entry = await self._listing.find(request.model)
-        calls.current().model = entry.id
+        entry = await self._listing.find_listed(request.model)
+        calls.current().model = entry.alias_of or entry.id
         model = await self._listing.describe(entry, with_template=True)
         return inference_service_pb2.GetModelResponse(model=model)
 

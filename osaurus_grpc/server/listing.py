@@ -40,6 +40,21 @@ class Listing:
         require_valid([*name_violations("model", name)])
         return await asyncio.to_thread(self._catalog.find, name)
 
+    async def find_listed(self, name: str) -> ModelEntry:
+        """As find(), but an alias is found under its own name."""
+        require_valid([*name_violations("model", name)])
+        return await asyncio.to_thread(self._catalog.find_listed, name)
+
+    async def add_alias(self, source: str, destination: str) -> ModelEntry:
+        """Give a model a second name; see Catalog.add_alias()."""
+        require_valid([*name_violations("source", source), *name_violations("destination", destination)])
+        return await asyncio.to_thread(self._catalog.add_alias, source, destination)
+
+    async def remove_alias(self, name: str) -> bool:
+        """Drop a second name; False where the name is none."""
+        require_valid([*name_violations("model", name)])
+        return await asyncio.to_thread(self._catalog.remove_alias, name)
+
     async def describe(self, entry: ModelEntry, *, with_template: bool = False) -> model_pb2.Model:
         """One model, with its chat template where asked for."""
         default, template = await asyncio.to_thread(
@@ -48,7 +63,7 @@ class Listing:
         return self._model(entry, default, template)
 
     async def page(self, size: int, token: str) -> inference_service_pb2.ListModelsResponse:
-        """A page of all models.
+        """A page of all models and their aliases.
 
         Args:
             size: Models at most; 0 is all.
@@ -60,7 +75,7 @@ class Listing:
         if size < 0:
             raise InvalidRequestError("page_size must be at least 0.", field="page_size")
         after = _id_from_token(token) if token else ""
-        entries, default = await asyncio.to_thread(lambda: (self._catalog.entries(), self._catalog.default()))
+        entries, default = await asyncio.to_thread(lambda: (self._catalog.listed(), self._catalog.default()))
         # The place is an id and not a number, so that models that come and go shift no page.
         start = bisect_right(entries, after, key=lambda entry: entry.id)
         end = start + size if size else len(entries)
@@ -72,7 +87,7 @@ class Listing:
     def _model(self, entry: ModelEntry, default: ModelEntry | None, template: str = "") -> model_pb2.Model:
         return model_to_proto(
             entry,
-            self._residency.residence(entry.id),
+            self._residency.residence(entry.alias_of or entry.id),
             is_default=default is not None and default.id == entry.id,
             chat_template=template,
         )

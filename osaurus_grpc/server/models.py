@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ModelService(ModelServiceServicer):
-    """Changes which models are in memory.
+    """Changes which models are in memory, and their names.
 
     Args:
         listing: Finds and describes models.
@@ -72,11 +72,21 @@ class ModelService(ModelServiceServicer):
     async def CopyModel(  # noqa: N802
         self, request: model_service_pb2.CopyModelRequest, context: Context
     ) -> model_service_pb2.CopyModelResponse:
-        """Not in this release."""
-        raise FeatureNotImplementedError("CopyModel is not implemented in this release.")
+        """Gives a model a second name."""
+        entry = await self._listing.add_alias(request.source, request.destination)
+        calls.current().model = entry.alias_of
+        return model_service_pb2.CopyModelResponse(model=await self._listing.describe(entry))
 
     async def DeleteModel(  # noqa: N802
         self, request: model_service_pb2.DeleteModelRequest, context: Context
     ) -> model_service_pb2.DeleteModelResponse:
-        """Not in this release."""
-        raise FeatureNotImplementedError("DeleteModel is not implemented in this release; use osaurus rm.")
+        """Drops an alias; deleting a model's files is not in this release."""
+        if not request.model:
+            raise InvalidRequestError("model must not be empty.", field="model")
+        if await self._listing.remove_alias(request.model):
+            return model_service_pb2.DeleteModelResponse()
+        calls.current().model = (await self._listing.find(request.model)).id
+        raise FeatureNotImplementedError(
+            "Deleting a model's files is not implemented in this release, only deleting an alias; "
+            "use osaurus rm."
+        )

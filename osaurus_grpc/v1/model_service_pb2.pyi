@@ -255,9 +255,11 @@ class CopyModelRequest(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     DESTINATION_FIELD_NUMBER: _builtins.int
     source: _builtins.str
-    """The model."""
+    """The model: its id, its org/name, or an alias of it."""
     destination: _builtins.str
-    """The alias."""
+    """The alias: letters, digits and . _ - + / :, beginning with a letter or digit. An alias of that
+    name changes its meaning; a model of that name is ALREADY_EXISTS. ListModels shows it as a model.
+    """
     def __init__(
         self,
         *,
@@ -304,7 +306,7 @@ class DeleteModelRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """The model or the alias."""
+    """The model or the alias. In this release only aliases are deleted; a model is UNIMPLEMENTED."""
     def __init__(
         self,
         *,

@@ -42,7 +42,7 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("name", [command.name for command in COMMANDS if command.name != "version"])
 def test_an_unknown_flag_is_wrong_usage(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([name, "x", "--no-such-flag"]) == 2
+    assert main([name, "x", "y", "--no-such-flag"]) == 2
     assert "no-such-flag" in capsys.readouterr().err
 
 

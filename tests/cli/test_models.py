@@ -167,3 +167,26 @@ def test_pull_into_a_directory_that_cannot_be_made_is_one_clear_error(
 def test_help_lists_the_built_in_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pull", "--help"]) == 0
     assert "smollm2-135m-instruct" in capsys.readouterr().out
+
+
+def test_cp_gives_a_second_name_and_rm_takes_it_away(
+    models_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(models_dir / "org" / "Alpha")
+    assert main(["cp", "alpha", "first"]) == 0
+    assert capsys.readouterr().out == "first is now a name of alpha.\n"
+    assert main(["list"]) == 0
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[1:]] == ["alpha", "first"]
+
+    assert main(["rm", "first"]) == 0
+    assert capsys.readouterr().out == "Removed the name first.\n"
+    assert (models_dir / "org" / "Alpha" / "config.json").exists()
+    assert main(["show", "first"]) == 1
+
+
+def test_cp_says_what_is_wrong(models_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(models_dir / "alpha")
+    assert main(["cp", "beta", "x"]) == 1
+    assert "Installed: alpha" in capsys.readouterr().err
+    assert main(["cp", "alpha", "alpha"]) == 1
+    assert "already" in capsys.readouterr().err

@@ -261,8 +261,7 @@ async def test_later_calls_are_not_implemented(inference: Any, core: Core) -> No
             inference.Embed(embedding_pb2.EmbedRequest()),
             models.PullModel(model_service_pb2.PullModelRequest()),
             models.CreateModel(model_service_pb2.CreateModelRequest()),
-            models.CopyModel(model_service_pb2.CopyModelRequest()),
-            models.DeleteModel(model_service_pb2.DeleteModelRequest()),
+            models.DeleteModel(model_service_pb2.DeleteModelRequest(model=TINY)),
         ]
         for call in calls:
             error = await failure(call)
