@@ -28,6 +28,7 @@ from rest_shim.errors import (
     refusal_from_status,
 )
 from rest_shim.metrics import HttpMetrics
+from rest_shim.ollama.library import LibraryRoutes
 from rest_shim.ollama.routes import OllamaRoutes
 from rest_shim.openai.routes import OpenAIRoutes
 from rest_shim.origins import check_host, cors_headers, preflight
@@ -74,6 +75,7 @@ class RestShim:
                 *OpenAIRoutes(backend, settings).routes(),
                 *ResponsesRoutes(backend, settings).routes(),
                 *OllamaRoutes(backend, settings).routes(),
+                *LibraryRoutes(backend, settings).routes(),
                 *AnthropicRoutes(backend, settings).routes(),
             )
         )

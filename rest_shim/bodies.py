@@ -73,19 +73,29 @@ async def read_body(request: web.Request, schema: type[_Schema], timeout_seconds
     Raises:
         Refusal: It is too large, did not arrive in time, or is not what the schema asks for.
     """
+    data = await read_bytes(request, timeout_seconds)
+    if len(data) <= _INLINE_BYTES:
+        return validate(schema, parse_object(data))
+    return await asyncio.to_thread(lambda: validate(schema, parse_object(data)))
+
+
+async def read_bytes(request: web.Request, timeout_seconds: float) -> bytes:
+    """The request's body as it came; it may be read again.
+
+    Raises:
+        Refusal: It did not arrive in time, or not as its headers say.
+        web.HTTPRequestEntityTooLarge: It is too large.
+    """
     limit = request.client_max_size
     if request.content_length is not None and request.content_length > limit:
         raise web.HTTPRequestEntityTooLarge(limit, request.content_length)
     try:
         async with asyncio.timeout(timeout_seconds):
-            data = await request.read()
+            return await request.read()
     except TimeoutError:
         raise Refusal(408, "The request body did not arrive in time.", code="request_timeout") from None
     except web.RequestPayloadError:
         raise Refusal(400, "The request body is not encoded as its headers say.") from None
-    if len(data) <= _INLINE_BYTES:
-        return validate(schema, parse_object(data))
-    return await asyncio.to_thread(lambda: validate(schema, parse_object(data)))
 
 
 def parse_object(data: bytes) -> dict[str, object]:

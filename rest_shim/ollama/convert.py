@@ -9,7 +9,7 @@ import base64
 import binascii
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -44,33 +44,53 @@ def chat_request(body: schema.ChatBody) -> chat_pb2.ChatRequest:
     Raises:
         Refusal: An image is not base64.
     """
-    context = body.options.num_ctx
     request = chat_pb2.ChatRequest(
         model=body.model,
-        messages=[_message(message, index) for index, message in enumerate(body.messages)],
-        sampling=_sampling(body),
+        messages=[
+            message_proto(message, f"messages[{index}].", images=message.images)
+            for index, message in enumerate(body.messages)
+        ],
+        sampling=sampling(body),
         tools=[_tool(tool) for tool in body.tools],
-        max_context_tokens=context if context is not None and context > 0 else None,
+        max_context_tokens=context_limit(body),
         keep_alive=keep_alive(body),
+        response_format=response_format(body),
     )
-    if body.format is not None:
-        if body.format:
-            request.response_format.json_schema.schema_json = dump(body.format)
-        else:
-            request.response_format.json_object.SetInParent()
-    if body.think is not None:
-        request.reasoning_enabled = body.think is not False
-        if isinstance(body.think, str):
-            request.reasoning_effort = body.think
+    set_thinking(request, body)
     return request
 
 
-def keep_alive(body: schema.ChatBody) -> Duration | None:
+def context_limit(body: schema.AnswerBody) -> int | None:
+    """Tokens of context to use at most; None is all of it."""
+    context = body.options.num_ctx
+    return context if context is not None and context > 0 else None
+
+
+def response_format(body: schema.AnswerBody) -> chat_pb2.ResponseFormat | None:
+    """The form the answer must have; None is free text."""
+    if body.format is None:
+        return None
+    if not body.format:
+        return chat_pb2.ResponseFormat(json_object=chat_pb2.JsonObjectFormat())
+    return chat_pb2.ResponseFormat(json_schema=chat_pb2.JsonSchemaFormat(schema_json=dump(body.format)))
+
+
+def set_thinking(request: chat_pb2.ChatRequest, body: schema.AnswerBody) -> None:
+    """Say whether, and how hard, the model thinks first."""
+    if body.think is None:
+        return
+    request.reasoning_enabled = body.think is not False
+    if isinstance(body.think, str):
+        request.reasoning_effort = body.think
+
+
+def keep_alive(body: schema.ResidentBody) -> Duration | None:
     """How long the model stays loaded; None is the server's default."""
     return None if body.keep_alive is None else to_proto(body.keep_alive)
 
 
-def _sampling(body: schema.ChatBody) -> sampling_pb2.SamplingParams:
+def sampling(body: schema.AnswerBody) -> sampling_pb2.SamplingParams:
+    """How tokens are chosen."""
     options = body.options
     limit = options.num_predict
     if limit is not None and limit < 1:
@@ -93,13 +113,23 @@ def _sampling(body: schema.ChatBody) -> sampling_pb2.SamplingParams:
     )
 
 
-def _message(message: schema.Message, index: int) -> chat_pb2.Message:
+def message_proto(message: schema.Message, path: str, *, images: Sequence[str]) -> chat_pb2.Message:
+    """One turn.
+
+    Args:
+        message: What is said.
+        path: The JSON path of what holds the images, with the dot at its end.
+        images: Images in base64.
+
+    Raises:
+        Refusal: An image is not base64.
+    """
     content = (
         [chat_pb2.ContentPart(text=message.content)] if message.content or not message.tool_calls else []
     )
     content += [
-        chat_pb2.ContentPart(image=_image(image, f"messages[{index}].images[{place}]"))
-        for place, image in enumerate(message.images)
+        chat_pb2.ContentPart(image=_image(image, f"{path}images[{place}]"))
+        for place, image in enumerate(images)
     ]
     return chat_pb2.Message(
         role=ROLES[message.role],

@@ -84,7 +84,8 @@ def running_json(models: Iterable[model_pb2.Model]) -> dict[str, object]:
                 "digest": digest(model),
                 "details": details_json(model),
                 "expires_at": _expiry(model.expire_time),
-                "size_vram": model.resident_bytes,
+                # Memory of the CPU is none of a graphics card's.
+                "size_vram": 0 if model.device == "cpu" else model.resident_bytes,
                 "context_length": model.context_length,
             }
             for model in loaded
@@ -106,7 +107,7 @@ def show_json(model: model_pb2.Model) -> dict[str, object]:
     if model.embedding_length:
         info[f"{model.architecture}.embedding_length"] = model.embedding_length
     return {
-        "modelfile": "",
+        "modelfile": _modelfile(model),
         "parameters": "",
         "template": model.chat_template,
         "details": details_json(model),
@@ -114,3 +115,9 @@ def show_json(model: model_pb2.Model) -> dict[str, object]:
         "capabilities": capabilities(model),
         "modified_at": model.modify_time.ToJsonString(),
     }
+
+
+def _modelfile(model: model_pb2.Model) -> str:
+    """What of a Modelfile there is to say; the template in it is Jinja, not Ollama's."""
+    made = f"# Modelfile of {model.id}\nFROM {model.repo_id or model.id}\n"
+    return f'{made}TEMPLATE """{model.chat_template}"""\n' if model.chat_template else made

@@ -1,27 +1,29 @@
-"""Ollama's routes."""
+"""Ollama's routes that answer: chat, generate, embed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from importlib import metadata
 
 from aiohttp import web
 
-from osaurus_grpc.v1 import chat_pb2, model_pb2
+from osaurus_grpc.v1 import chat_pb2, completion_pb2, model_pb2
 from rest_shim.backend import Backend, Caller
-from rest_shim.bodies import read_body
+from rest_shim.bodies import parse_object, read_body, read_bytes
 from rest_shim.callers import caller_of
 from rest_shim.errors import CoreError, Refusal
-from rest_shim.ollama import convert, listing, schema
+from rest_shim.ollama import convert, embeddings, generate, names, schema
+from rest_shim.ollama.generate import GenerateEncoder
 from rest_shim.ollama.stream import LineEncoder
 from rest_shim.origins import refuse_foreign_origin
-from rest_shim.routing import Dialect, Route, later
+from rest_shim.routing import Dialect, Route
 from rest_shim.settings import Settings
 from rest_shim.wire import NDJSON_HEADERS, HttpStream, json_response, relay
 
-_JSON = "application/json; charset=utf-8"
+JSON_TYPE = "application/json; charset=utf-8"
+
+_PULL_TEXT = 'model "{}" not found, try pulling it first'
 
 
 class OllamaRoutes:
@@ -32,92 +34,128 @@ class OllamaRoutes:
         self._settings = settings
 
     def routes(self) -> Sequence[Route]:
-        """What there is and what is to come."""
+        """What there is; the path of embeddings is OpenAI's too."""
         ollama = Dialect.OLLAMA
         return (
-            Route("GET", "/tags", self.tags, ollama),
-            Route("GET", "/ps", self.running, ollama),
-            Route("GET", "/version", self.version, ollama),
             Route("POST", "/chat", self.chat, ollama),
-            Route("POST", "/show", self.show, ollama),
-            later("POST", "/generate", ollama, "Text generation (/api/generate)"),
-            later("POST", "/embed", ollama, "Embedding"),
-            later("POST", "/pull", ollama, "Fetching a model over HTTP"),
-            later("DELETE", "/delete", ollama, "Deleting a model over HTTP"),
-            later("POST", "/copy", ollama, "Copying a model over HTTP"),
-            later("POST", "/create", ollama, "Creating a model over HTTP"),
+            Route("POST", "/generate", self.generate, ollama),
+            Route("POST", "/embed", self.embed, ollama),
+            Route("POST", "/embeddings", self.embeddings, ollama, self._is_legacy),
         )
-
-    async def tags(self, request: web.Request) -> web.StreamResponse:
-        """GET /tags."""
-        models = await self._backend.list_models(caller_of(request))
-        return json_response({"models": [listing.tag_json(model) for model in models]}, content_type=_JSON)
-
-    async def running(self, request: web.Request) -> web.StreamResponse:
-        """GET /ps."""
-        models = await self._backend.list_models(caller_of(request))
-        return json_response(listing.running_json(models), content_type=_JSON)
-
-    async def version(self, _request: web.Request) -> web.StreamResponse:
-        """GET /version."""
-        return json_response({"version": metadata.version("osaurus")}, content_type=_JSON)
-
-    async def show(self, request: web.Request) -> web.StreamResponse:
-        """POST /show."""
-        body = await read_body(request, schema.ShowBody, self._settings.request_timeout_seconds)
-        name = _required(body.model or body.name)
-        # Here, and not in /chat, Ollama names the model in full.
-        async with _model_errors(name if ":" in name else f"{name}:latest"):
-            model = await self._backend.get_model(name, caller_of(request))
-        return json_response(listing.show_json(model), content_type=_JSON)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """POST /chat; without messages it loads or unloads the model."""
         body = await read_body(request, schema.ChatBody, self._settings.request_timeout_seconds)
-        name = _required(body.model)
+        name = names.required(body.model)
         caller = caller_of(request)
-        async with _model_errors(name):
+        async with names.model_errors(name):
             if not body.messages:
-                refuse_foreign_origin(request, self._settings)
-                return await self._change_residence(body, caller)
+                reason = await self._change_residence(request, body, caller)
+                answer = convert.residence_json(name, reason, time.time_ns())
+                return json_response(answer, content_type=JSON_TYPE)
             chat = convert.chat_request(body)
-            if body.think:
-                await self._require_reasoning(name, caller)
+            await self._check_thinking(body, caller)
             if body.stream:
                 events = self._backend.chat_stream(chat_pb2.ChatStreamRequest(chat=chat), caller)
-                timeout = self._settings.request_timeout_seconds
-                stream = HttpStream(request, NDJSON_HEADERS, timeout_seconds=timeout)
-                return await relay(stream, events, LineEncoder(name))
+                return await relay(self._lines(request), events, LineEncoder(name))
             response = await self._backend.chat(chat, caller)
-        return json_response(convert.chat_json(response, name, time.time_ns()), content_type=_JSON)
+        return json_response(convert.chat_json(response, name, time.time_ns()), content_type=JSON_TYPE)
 
-    async def _change_residence(self, body: schema.ChatBody, caller: Caller) -> web.StreamResponse:
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        """POST /generate; without a prompt it loads or unloads the model."""
+        body = await read_body(request, schema.GenerateBody, self._settings.request_timeout_seconds)
+        name, caller = body.model, caller_of(request)
+        if not name:
+            raise names.unknown(name)
+        async with names.model_errors(name):
+            if not body.prompt:
+                reason = await self._change_residence(request, body, caller)
+                answer = generate.residence_json(name, reason, time.time_ns())
+                return json_response(answer, content_type=JSON_TYPE)
+            await self._check_thinking(body, caller)
+            if generate.is_completion(body):
+                async with _insert_errors(name):
+                    return await self._complete(request, body, caller)
+            chat = generate.chat_request(body)
+            if body.stream:
+                events = self._backend.chat_stream(chat_pb2.ChatStreamRequest(chat=chat), caller)
+                encoder = GenerateEncoder(name, is_raw=False)
+                return await relay(self._lines(request), events, encoder)
+            response = await self._backend.chat(chat, caller)
+        return json_response(generate.generate_json(response, body, time.time_ns()), content_type=JSON_TYPE)
+
+    async def _complete(
+        self, request: web.Request, body: schema.GenerateBody, caller: Caller
+    ) -> web.StreamResponse:
+        completion = generate.complete_request(body)
+        if body.stream:
+            question = completion_pb2.CompleteStreamRequest(completion=completion)
+            events = self._backend.complete_stream(question, caller)
+            return await relay(self._lines(request), events, GenerateEncoder(body.model, is_raw=body.raw))
+        response = await self._backend.complete(completion, caller)
+        return json_response(generate.generate_json(response, body, time.time_ns()), content_type=JSON_TYPE)
+
+    async def embed(self, request: web.Request) -> web.StreamResponse:
+        """POST /embed."""
+        body = await read_body(request, schema.EmbedBody, self._settings.request_timeout_seconds)
+        caller = caller_of(request)
+        if not body.model:
+            raise names.unknown(body.model, _PULL_TEXT)
+        async with names.model_errors(body.model, _PULL_TEXT):
+            if not body.input:
+                await self._backend.get_model(body.model, caller)
+                return json_response(embeddings.nothing_json(body.model), content_type=JSON_TYPE)
+            response = await self._backend.embed(embeddings.embed_request(body), caller)
+        return json_response(embeddings.embed_json(response, body.model), content_type=JSON_TYPE)
+
+    async def embeddings(self, request: web.Request) -> web.StreamResponse:
+        """POST /embeddings, Ollama's older call."""
+        body = await read_body(request, schema.EmbeddingsBody, self._settings.request_timeout_seconds)
+        name, caller = names.required(body.model), caller_of(request)
+        async with names.model_errors(name, _PULL_TEXT):
+            if not body.prompt:
+                await self._backend.get_model(name, caller)
+                return json_response({"embedding": []}, content_type=JSON_TYPE)
+            response = await self._backend.embed(embeddings.legacy_request(body), caller)
+        return json_response(embeddings.legacy_json(response), content_type=JSON_TYPE)
+
+    async def _is_legacy(self, request: web.Request) -> bool:
+        """Whether a request to /embeddings is Ollama's: below /api, with a prompt."""
+        if not request.path.startswith("/api/"):
+            return False
+        data = await read_bytes(request, self._settings.request_timeout_seconds)
+        try:
+            return "prompt" in parse_object(data)
+        except Refusal:
+            # OpenAI's handler says what is wrong with it.
+            return False
+
+    def _lines(self, request: web.Request) -> HttpStream:
+        return HttpStream(request, NDJSON_HEADERS, timeout_seconds=self._settings.request_timeout_seconds)
+
+    async def _change_residence(self, request: web.Request, body: schema.AnswerBody, caller: Caller) -> str:
+        """Load or unload; gives Ollama's word for which."""
+        refuse_foreign_origin(request, self._settings)
         if body.keep_alive == 0:
             await self._backend.unload_model(body.model, caller)
-            reason = "unload"
-        else:
-            await self._backend.load_model(body.model, convert.keep_alive(body), caller)
-            reason = "load"
-        return json_response(convert.residence_json(body.model, reason, time.time_ns()), content_type=_JSON)
+            return "unload"
+        await self._backend.load_model(body.model, convert.keep_alive(body), caller)
+        return "load"
 
-    async def _require_reasoning(self, name: str, caller: Caller) -> None:
-        model = await self._backend.get_model(name, caller)
+    async def _check_thinking(self, body: schema.AnswerBody, caller: Caller) -> None:
+        if not body.think:
+            return
+        model = await self._backend.get_model(body.model, caller)
         if model_pb2.CAPABILITY_REASONING not in model.capabilities:
-            raise Refusal(400, f'"{name}" does not support thinking', param="think")
-
-
-def _required(name: str) -> str:
-    if not name:
-        raise Refusal(400, "model is required", param="model")
-    return name
+            raise Refusal(400, f'"{body.model}" does not support thinking', param="think")
 
 
 @asynccontextmanager
-async def _model_errors(name: str) -> AsyncIterator[None]:
-    """Says "not found" in Ollama's words, which clients look for."""
+async def _insert_errors(name: str) -> AsyncIterator[None]:
+    """Says of a model that cannot fill gaps what Ollama says of it."""
     try:
         yield
     except CoreError as error:
-        if error.reason == "MODEL_NOT_FOUND":
-            raise Refusal(404, f"model '{name}' not found", code="model_not_found") from error
+        if error.reason == "UNSUPPORTED_CAPABILITY" and error.field == "suffix":
+            raise Refusal(400, f"{name} does not support insert", param="suffix") from error
         raise

@@ -23,8 +23,12 @@ MAX_TOOLS = 1_024
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_TOP_LOGPROBS = 20
+MAX_INPUTS = 2048
+MAX_TEMPLATE_CHARACTERS = 65_536
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+# Other dialects' words, which clients mix up.
+_ROLE_NAMES = {"function": "tool", "model": "assistant", "ai": "assistant", "human": "user"}
 _MAX_ECHO_CHARACTERS = 100
 
 ModelName = Annotated[str, StringConstraints(max_length=512)]
@@ -88,10 +92,11 @@ class ToolCall(Body):
 
 
 def _role(value: object) -> object:
-    role = value.lower() if isinstance(value, str) else value
-    if role not in _ROLES:
-        raise verbatim(f"invalid message role (must be one of {', '.join(_ROLES)})")
-    return role
+    """Ollama takes any role and leaves it to the template; here, strange ones speak as the user."""
+    if not isinstance(value, str):
+        return value
+    role = _ROLE_NAMES.get(value.lower(), value.lower())
+    return role if role in _ROLES else "user"
 
 
 class Message(Body):
@@ -154,28 +159,93 @@ def _top_logprobs(value: object) -> object:
     return value
 
 
-class ChatBody(Body):
-    """POST /chat.
+class ResidentBody(Body):
+    """What requests that use a model share.
 
     Attributes:
-        format: A JSON schema; {} is any JSON object ("json"), None is free text.
         keep_alive: Seconds; negative is for ever.
     """
 
     model: ModelName = ""
-    messages: list[Message] = Field(default_factory=list, max_length=MAX_MESSAGES)
-    stream: bool = False
+    keep_alive: Annotated[float, BeforeValidator(_keep_alive)] | None = None
+
+
+class AnswerBody(ResidentBody):
+    """What /chat and /generate share.
+
+    Attributes:
+        format: A JSON schema; {} is any JSON object ("json"), None is free text.
+    """
+
     options: Options = Field(default_factory=lambda: Options.model_validate({}))
-    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
     format: Annotated[dict[str, Any] | None, BeforeValidator(_format)] = None
     think: Annotated[bool | str, BeforeValidator(_think)] | None = None
-    keep_alive: Annotated[float, BeforeValidator(_keep_alive)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[Integer, BeforeValidator(_top_logprobs)] = 0
 
 
-class ShowBody(Body):
-    """POST /show; name is the older key."""
+class ChatBody(AnswerBody):
+    """POST /chat."""
+
+    messages: list[Message] = Field(default_factory=list, max_length=MAX_MESSAGES)
+    stream: bool = False
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+
+
+TokenId = Annotated[Integer, Field(ge=0, le=MAX_INT32)]
+
+
+class GenerateBody(AnswerBody):
+    """POST /generate."""
+
+    prompt: str = ""
+    suffix: str = ""
+    system: str = ""
+    template: Annotated[str, StringConstraints(max_length=MAX_TEMPLATE_CHARACTERS)] = ""
+    context: list[TokenId] = Field(default_factory=list)
+    raw: bool = False
+    images: list[str] = Field(default_factory=list, max_length=MAX_IMAGES)
+    stream: bool = True
+
+
+def _input(value: object) -> object:
+    if isinstance(value, str):
+        return [value] if value else []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise verbatim("invalid input type")
+    return value
+
+
+class EmbedBody(ResidentBody):
+    """POST /embed; the one text is read as a list of one."""
+
+    input: Annotated[list[str], BeforeValidator(_input), Field(max_length=MAX_INPUTS)] = Field(
+        default_factory=list
+    )
+    truncate: bool = True
+    dimensions: Annotated[Integer, Field(ge=0, le=MAX_INT32)] | None = None
+
+
+class EmbeddingsBody(ResidentBody):
+    """POST /embeddings."""
+
+    prompt: str = ""
+
+
+class NameBody(Body):
+    """What names a model and no more; name is the older key."""
 
     model: ModelName = ""
     name: ModelName = ""
+
+    @property
+    def either(self) -> str:
+        """The name under whichever key."""
+        return self.model or self.name
+
+
+class CopyBody(Body):
+    """POST /copy."""
+
+    source: ModelName = ""
+    destination: ModelName = ""

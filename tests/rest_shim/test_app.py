@@ -117,7 +117,7 @@ class TestRoutes:
         async with http.get("/v1/nope") as response:
             assert response.status == 404
             assert set((await response.json())["error"]) == {"message", "type", "param", "code"}
-        async with http.post("/api/push", json={}) as response:
+        async with http.post("/api/signout", json={}) as response:
             assert response.status == 404
             assert isinstance((await response.json())["error"], str)
 
@@ -137,9 +137,8 @@ class TestRoutes:
         ("method", "path", "dialect"),
         [
             ("GET", "/openapi.json", "openai"), ("GET", "/ui", "openai"),
-            ("POST", "/api/generate", "ollama"), ("POST", "/api/pull", "ollama"),
-            ("DELETE", "/api/delete", "ollama"), ("POST", "/api/copy", "ollama"),
-            ("POST", "/api/create", "ollama"), ("POST", "/api/embed", "ollama"),
+            ("POST", "/api/pull", "ollama"), ("POST", "/api/create", "ollama"),
+            ("POST", "/api/push", "ollama"), ("POST", "/api/blobs/sha256:00", "ollama"),
         ],
     )  # fmt: skip
     async def test_what_is_to_come_says_so(
@@ -149,15 +148,10 @@ class TestRoutes:
             assert response.status == 501
             assert response.headers["x-should-retry"] == "false"
             body = await response.json()
-        match dialect:
-            case "openai":
-                assert body["error"]["code"] == "not_implemented"
-            case "ollama":
-                assert "not implemented" in body["error"]
-            case _:
-                assert body["type"] == "error"
-                assert body["error"]["type"] == "api_error"
-                assert body["request_id"]
+        if dialect == "openai":
+            assert body["error"]["code"] == "not_implemented"
+        else:
+            assert "not implemented" in body["error"]
 
     async def test_metrics_count_requests_by_route(self, http: aiohttp.ClientSession) -> None:
         for path in (f"/v1/models/{MODEL}", f"/models/{MODEL}/", "/x/1", "/x/2"):

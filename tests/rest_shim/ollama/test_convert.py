@@ -4,7 +4,7 @@ import base64
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from osaurus_grpc.v1 import chat_pb2, sampling_pb2, usage_pb2
@@ -107,7 +107,7 @@ def test_recorded_texts(fields: dict[str, object], text: str) -> None:
         ({"messages": "x"}, "messages"),
         ({"messages": [1]}, "messages[0]"),
         ({"messages": [{"content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "alien", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": 5, "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "images": ["@@@"]}]}, "messages[0].images[0]"),
         (
@@ -268,6 +268,15 @@ def test_tool_calls_have_their_arguments_as_an_object() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("role", "ours"),
+    [("User", "USER"), ("FUNCTION", "TOOL"), ("model", "ASSISTANT"), ("control", "USER"), ("", "USER")],
+)
+def test_strange_roles_are_taken(role: str, ours: str) -> None:
+    made = request(messages=[{"role": role, "content": "x"}])
+    assert made.messages[0].role == chat_pb2.Role.Value(f"ROLE_{ours}")
+
+
 def test_logprobs_have_alternatives_only_where_asked_for() -> None:
     token = sampling_pb2.TokenLogprob(token=b"I", logprob=-0.5)
     plain = sampling_pb2.ChosenTokenLogprob(chosen=token)
@@ -285,6 +294,7 @@ _ANY = st.recursive(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(sorted(schema.ChatBody.model_fields)), _ANY, max_size=6))
 def test_any_json_gives_a_request_or_a_refusal(fields: dict[str, object]) -> None:
     try:

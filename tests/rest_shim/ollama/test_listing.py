@@ -50,7 +50,15 @@ def test_running_models_are_the_loaded_ones_longest_first() -> None:
     assert [entry["name"] for entry in running] == ["forever", "soon"]
     assert running[1]["expires_at"] == "2026-11-22T13:10:50Z"
     assert datetime.fromisoformat(running[0]["expires_at"]).year > 2300
-    assert running[0]["size"] == 1_999_999_999
+    assert running[0]["size"] == running[0]["size_vram"] == 1_999_999_999
+
+
+def test_a_model_on_the_cpu_takes_no_video_memory() -> None:
+    here = model(is_loaded=True)
+    here.device = "cpu"
+    entry = listing.running_json([here])["models"]
+    assert isinstance(entry, list)
+    assert (entry[0]["size"], entry[0]["size_vram"]) == (1_999_999_999, 0)
 
 
 def test_show() -> None:
@@ -59,6 +67,9 @@ def test_show() -> None:
     shown.capabilities.append(model_pb2.CAPABILITY_REASONING)
     made = listing.show_json(shown)
     assert made["template"] == "{{ messages }}"
+    assert made["modelfile"] == (
+        f'# Modelfile of {MODEL}\nFROM mlx-community/{MODEL}\nTEMPLATE """{{{{ messages }}}}"""\n'
+    )
     assert made["capabilities"] == ["completion", "thinking"]
     assert made["model_info"] == {
         "general.architecture": "llama",
