@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 # Says what runs here; /version speaks of the API that Ollama's clients look for.
 SERVER = f"osaurus/{metadata.version('osaurus')}"
 
+_STARTED = web.RequestKey("started", float)
+
 # How long a start on an exposed address waits for the core to say whether it asks for a key.
 _EXPOSURE_CHECK_SECONDS = 30.0
 
@@ -95,12 +97,15 @@ class RestShim:
         for name in (REQUEST_ID_HEADER, ANTHROPIC_REQUEST_ID_HEADER):
             response.headers[name] = request_id_of(request)
         response.headers["Server"] = SERVER
+        # As OpenAI's server counts: until the head of the answer, so that of a stream its first token.
+        milliseconds = (time.monotonic() - request.get(_STARTED, time.monotonic())) * 1000
+        response.headers["openai-processing-ms"] = str(round(milliseconds))
         response.headers.update(cors_headers(request, self._settings))
 
     @web.middleware
     async def _observe(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Logs and counts."""
-        started = time.monotonic()
+        started = request[_STARTED] = time.monotonic()
         self._metrics.begin()
         status = _CLIENT_CLOSED_REQUEST
         try:

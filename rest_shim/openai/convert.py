@@ -6,8 +6,6 @@ Response shapes follow OpenAI's OpenAPI description, in which `refusal`, `logpro
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from collections.abc import Iterable
 from typing import Literal, assert_never
@@ -15,25 +13,10 @@ from typing import Literal, assert_never
 from osaurus_grpc.v1 import chat_pb2, model_pb2, sampling_pb2, usage_pb2
 from rest_shim.errors import Refusal
 from rest_shim.openai import schema
+from rest_shim.openai.messages import convert_messages
 from rest_shim.openai.sampling import sampling_params
+from rest_shim.openai.tools import check_choice, set_tools
 from rest_shim.wire import dump
-
-ROLES = {
-    "system": chat_pb2.ROLE_SYSTEM,
-    "developer": chat_pb2.ROLE_DEVELOPER,
-    "user": chat_pb2.ROLE_USER,
-    "assistant": chat_pb2.ROLE_ASSISTANT,
-    "tool": chat_pb2.ROLE_TOOL,
-}
-
-_DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
-
-TOOL_CHOICE_MODES = {
-    "auto": chat_pb2.TOOL_CHOICE_MODE_AUTO,
-    "none": chat_pb2.TOOL_CHOICE_MODE_NONE,
-    "required": chat_pb2.TOOL_CHOICE_MODE_REQUIRED,
-    "function": chat_pb2.TOOL_CHOICE_MODE_FUNCTION,
-}
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -47,18 +30,14 @@ def chat_request(body: schema.ChatBody) -> chat_pb2.ChatRequest:
     _check(body)
     request = chat_pb2.ChatRequest(
         model=body.model,
-        messages=[_message(message, f"messages[{index}]") for index, message in enumerate(body.messages)],
+        messages=convert_messages(body.messages),
         sampling=_sampling(body),
-        tools=[_tool(tool) for tool in body.tools],
         parallel_tool_calls=body.parallel_tool_calls,
         choice_count=body.n,
         session_id=body.session_id,
-        reasoning_effort=body.reasoning_effort,
+        reasoning_effort=body.reasoning_effort or "",
     )
-    if body.tool_choice is not None and body.tools:
-        request.tool_choice.mode = TOOL_CHOICE_MODES[body.tool_choice.type]
-        if body.tool_choice.function is not None:
-            request.tool_choice.function_name = body.tool_choice.function.name
+    set_tools(request, body.tools, body.tool_choice)
     if body.response_format is not None:
         set_response_format(request.response_format, body.response_format)
     if body.chat_template_kwargs is not None:
@@ -73,22 +52,12 @@ def _check(body: schema.ChatBody) -> None:
         raise Refusal(400, "'stream_options' is only allowed when 'stream' is true.", param="stream_options")
     if body.top_logprobs is not None and not body.logprobs:
         raise Refusal(400, "'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs")
-    choice = body.tool_choice
-    if choice is None:
-        return
-    if choice.type == "function" and choice.function is None:
-        raise Refusal(
-            400, "Missing required parameter: 'tool_choice.function'.", param="tool_choice.function"
-        )
-    if choice.type in {"required", "function"} and not body.tools:
-        raise Refusal(400, "'tool_choice' is only allowed when 'tools' are given.", param="tool_choice")
-    names = {tool.function.name for tool in body.tools}
-    if choice.function is not None and choice.type == "function" and choice.function.name not in names:
-        raise Refusal(
-            400,
-            f"'tool_choice' names '{choice.function.name}', which is not in 'tools'.",
-            param="tool_choice",
-        )
+    if "audio" in body.modalities:
+        raise Refusal(400, "'modalities' may hold 'text' only; there is no audio.", param="modalities")
+    if body.functions and not body.tools:
+        raise Refusal(400, "'functions' is not supported; send them as 'tools'.", param="functions")
+    if body.tool_choice is not None:
+        check_choice(body.tool_choice, body.tools)
 
 
 def _sampling(body: schema.ChatBody) -> sampling_pb2.SamplingParams:
@@ -96,72 +65,6 @@ def _sampling(body: schema.ChatBody) -> sampling_pb2.SamplingParams:
         body,
         max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
-
-
-def _message(message: schema.Message, path: str) -> chat_pb2.Message:
-    if message.content is None and not (message.role == "assistant" and message.tool_calls):
-        raise Refusal(400, f"Missing required parameter: '{path}.content'.", param=f"{path}.content")
-    if message.role == "tool" and not message.tool_call_id:
-        raise Refusal(
-            400, f"Missing required parameter: '{path}.tool_call_id'.", param=f"{path}.tool_call_id"
-        )
-    return chat_pb2.Message(
-        role=ROLES[message.role],
-        content=[_part(part, f"{path}.content[{i}]") for i, part in enumerate(message.content or [])],
-        name=message.name,
-        tool_calls=[
-            chat_pb2.ToolCall(
-                id=call.id,
-                function=chat_pb2.FunctionCall(
-                    name=call.function.name, arguments_json=call.function.arguments
-                ),
-            )
-            for call in message.tool_calls
-        ],
-        tool_call_id=message.tool_call_id,
-        reasoning=message.reasoning_content,
-    )
-
-
-def _part(part: schema.TextPart | schema.RefusalPart | schema.ImagePart, path: str) -> chat_pb2.ContentPart:
-    match part:
-        case schema.TextPart():
-            return chat_pb2.ContentPart(text=part.text)
-        case schema.RefusalPart():
-            return chat_pb2.ContentPart(text=part.refusal)
-        case schema.ImagePart():
-            return chat_pb2.ContentPart(image=image_from_url(part.image_url.url, f"{path}.image_url.url"))
-        case _:
-            assert_never(part)
-
-
-def image_from_url(url: str, path: str) -> chat_pb2.ImageContent:
-    """The image inside a data: URL (RFC 2397, base64 only).
-
-    Raises:
-        Refusal: With path as its param: the URL is remote or malformed.
-    """
-    head = _DATA_URL.match(url)
-    if head is None:
-        text = "Remote images are not fetched; send the image as a 'data:IMAGE_TYPE;base64,...' URL."
-        raise Refusal(400, text, param=path)
-    try:
-        data = base64.b64decode(url[head.end() :], validate=True)
-    except (binascii.Error, ValueError):
-        raise Refusal(400, f"Invalid '{path}': the data is not valid base64.", param=path) from None
-    return chat_pb2.ImageContent(data=data, mime_type=head[1] or "application/octet-stream")
-
-
-def _tool(tool: schema.Tool) -> chat_pb2.Tool:
-    function = tool.function
-    return chat_pb2.Tool(
-        function=chat_pb2.FunctionTool(
-            name=function.name,
-            description=function.description,
-            parameters_json="" if function.parameters is None else dump(function.parameters),
-            strict=function.strict,
-        )
     )
 
 

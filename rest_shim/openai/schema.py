@@ -9,136 +9,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag
+from pydantic import Field, StringConstraints
 
-from rest_shim.bodies import TAG_PREFIX, Body, Integer
+from rest_shim.bodies import Body, Integer
+from rest_shim.openai.messages import Message
 from rest_shim.openai.sampling import SamplingFields, TokenCount
+from rest_shim.openai.tools import MAX_TOOLS, AnyToolChoice, Tool
 
 MAX_CHOICES = 16
 MAX_MESSAGES = 16_384
-MAX_PARTS = 4_096
-MAX_TOOLS = 1_024
 MAX_TOP_LOGPROBS = 20
 
-FunctionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 ModelName = Annotated[str, StringConstraints(max_length=512)]
-
-
-class TextPart(Body):
-    """{"type": "text"}: a piece of a message."""
-
-    text: str
-
-
-class RefusalPart(Body):
-    """{"type": "refusal"}: what the assistant said when it declined."""
-
-    refusal: str
-
-
-class ImageUrl(Body):
-    """Where an image is; only data: URLs are taken."""
-
-    url: str
-
-
-class ImagePart(Body):
-    """{"type": "image_url"}: an image."""
-
-    image_url: ImageUrl
-
-
-_PART_TYPES = frozenset({"text", "refusal", "image_url"})
-
-
-def _part_tag(value: object) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else None
-    return f"{TAG_PREFIX}{kind}" if isinstance(kind, str) and kind in _PART_TYPES else None
-
-
-Part = Annotated[
-    Annotated[TextPart, Tag("~text")]
-    | Annotated[RefusalPart, Tag("~refusal")]
-    | Annotated[ImagePart, Tag("~image_url")],
-    Discriminator(
-        _part_tag,
-        custom_error_type="part",
-        custom_error_message="A content part must be an object with the type 'text' or 'image_url'",
-    ),
-]
-
-
-def _parts(value: object) -> object:
-    if isinstance(value, str):
-        return [{"type": "text", "text": value}]
-    if not isinstance(value, list):
-        raise ValueError("must be a string or a list of content parts")
-    return value
-
-
-class FunctionCall(Body):
-    """A call as it stands in the history."""
-
-    name: str
-    arguments: str = ""
-
-
-class ToolCall(Body):
-    """One call of an assistant message."""
-
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class Message(Body):
-    """One turn."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: (
-        Annotated[list[Part], BeforeValidator(_parts), Field(min_length=1, max_length=MAX_PARTS)] | None
-    ) = None
-    name: str = ""
-    tool_calls: list[ToolCall] = Field(default_factory=list)
-    tool_call_id: str = ""
-    reasoning_content: str = ""
-
-
-class FunctionTool(Body):
-    """A function that may be called."""
-
-    name: FunctionName
-    description: str = ""
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Body):
-    """A tool; only functions are known."""
-
-    type: Literal["function"]
-    function: FunctionTool
-
-
-class NamedFunction(Body):
-    """The function that a tool choice forces."""
-
-    name: FunctionName
-
-
-class ToolChoice(Body):
-    """How tools are chosen; the plain strings are read as {"type": ...}."""
-
-    type: Literal["auto", "none", "required", "function"]
-    function: NamedFunction | None = None
-
-
-def _tool_choice(value: object) -> object:
-    if isinstance(value, str):
-        if value not in {"auto", "none", "required"}:
-            raise ValueError("must be 'auto', 'none', 'required' or an object that names a function")
-        return {"type": value}
-    return value
 
 
 class JsonSchemaFormat(Body):
@@ -175,9 +58,12 @@ class ChatBody(SamplingFields):
     stream: bool = False
     stream_options: StreamOptions | None = None
     tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
-    tool_choice: Annotated[ToolChoice, BeforeValidator(_tool_choice)] | None = None
+    tool_choice: AnyToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     session_id: str = ""
     chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: str = ""
+    reasoning_effort: ReasoningEffort | None = None
+    modalities: list[str] = Field(default_factory=list, max_length=8)
+    # The older form of tools; see the refusal.
+    functions: Any = None

@@ -14,8 +14,9 @@ from typing import assert_never
 
 from osaurus_grpc.v1 import chat_pb2
 from rest_shim.errors import Refusal
-from rest_shim.openai.convert import ROLES, TOOL_CHOICE_MODES, image_from_url
+from rest_shim.openai.messages import ROLES, image_from_url
 from rest_shim.openai.sampling import sampling_params
+from rest_shim.openai.tools import TOOL_CHOICE_MODES
 from rest_shim.responses import items, schema
 from rest_shim.wire import dump
 

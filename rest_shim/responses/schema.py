@@ -13,12 +13,12 @@ from pydantic import BeforeValidator, Field, StringConstraints
 
 from rest_shim.bodies import Body, Integer
 from rest_shim.openai.sampling import MAX_INT32, SamplingFields, TokenCount
-from rest_shim.openai.schema import MAX_TOOLS, MAX_TOP_LOGPROBS, FunctionName, ModelName
+from rest_shim.openai.schema import MAX_TOP_LOGPROBS, ModelName, ReasoningEffort
+from rest_shim.openai.tools import MAX_TOOLS, ChoiceMode, FunctionName
 from rest_shim.responses.items import Items
 
 MAX_METADATA = 16
 
-ChoiceMode = Literal["auto", "none", "required"]
 ResponseId = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
@@ -76,7 +76,7 @@ class TextOptions(Body):
 class ReasoningOptions(Body):
     """Options of the reasoning before an answer."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: ReasoningEffort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
 
 

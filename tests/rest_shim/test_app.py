@@ -113,6 +113,11 @@ class TestRoutes:
                 }
             }
 
+    async def test_every_answer_says_how_long_it_took(self, http: aiohttp.ClientSession) -> None:
+        for path in ("/", "/v1/models", "/v1/nope"):
+            async with http.get(path) as response:
+                assert int(response.headers["openai-processing-ms"]) >= 0
+
     async def test_unknown_paths(self, http: aiohttp.ClientSession) -> None:
         async with http.get("/v1/nope") as response:
             assert response.status == 404

@@ -26,6 +26,11 @@ def request(**fields: object) -> chat_pb2.ChatRequest:
     return convert.chat_request(validate(schema.ChatBody, body))
 
 
+def allowed(name: str, mode: str = "auto") -> dict[str, object]:
+    tools = [{"type": "function", "function": {"name": name}}]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def refused(**fields: object) -> Refusal:
     with pytest.raises(Refusal) as caught:
         request(**fields)
@@ -98,6 +103,7 @@ def test_service_fields_are_ignored() -> None:
     service = {
         "user": "u", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "safety_identifier": "x",
         "prompt_cache_key": "k", "verbosity": "low", "modalities": ["text"], "functions": [], "seed_": 1,
+        "function_call": "none", "prompt_cache_retention": "24h", "moderation": {}, "logprobs": None,
         "stream_options": None, "web_search_options": {}, "prediction": None, "audio": None,
     }  # fmt: skip
     assert request(**service) == request()
@@ -184,6 +190,19 @@ def test_service_fields_are_ignored() -> None:
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
             "response_format.json_schema.schema",
         ),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}},
+            "tool_choice.allowed_tools.tools",
+        ),
+        ({"tools": [TOOL], "tool_choice": allowed("f")}, "tool_choice"),
+        ({"tool_choice": allowed("get_weather")}, "tool_choice"),
+        ({"reasoning_effort": "enormous"}, "reasoning_effort"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"messages": [USER, {"role": "function", "content": "x"}]}, "messages[1].name"),
+        ({"messages": [{"role": "function", "name": "f"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "refusal": "no"}]}, "messages[0].content"),
         ({"session_id": 1}, "session_id"),
         ({"chat_template_kwargs": []}, "chat_template_kwargs"),
     ],
@@ -222,6 +241,32 @@ def test_roles_names_and_tool_calls_of_the_history() -> None:
     assert made[3].reasoning == "r"
     assert made[3].tool_calls[0].function.arguments_json == arguments
     assert made[4].tool_call_id == "call_1"
+
+
+def test_the_older_form_of_calls_and_refusals_of_the_history() -> None:
+    made = request(
+        messages=[
+            USER,
+            {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+            {"role": "function", "name": "f", "content": "42"},
+            {"role": "assistant", "content": None, "refusal": "I will not."},
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+        ]
+    ).messages
+    (call,) = made[1].tool_calls
+    assert (call.function.name, call.function.arguments_json) == ("f", "{}")
+    assert (made[2].role, made[2].tool_call_id) == (chat_pb2.ROLE_TOOL, call.id)
+    assert [message.content[0].text for message in made[3:]] == ["I will not.", "No."]
+
+
+def test_of_allowed_tools_the_model_sees_those_only() -> None:
+    other = {"type": "function", "function": {"name": "other"}}
+    for mode, expected in (("auto", "AUTO"), ("required", "REQUIRED")):
+        made = request(tools=[other, TOOL], tool_choice=allowed("get_weather", mode))
+        assert [tool.function.name for tool in made.tools] == ["get_weather"]
+        assert made.tool_choice == chat_pb2.ToolChoice(
+            mode=chat_pb2.ToolChoiceMode.Value(f"TOOL_CHOICE_MODE_{expected}")
+        )
 
 
 def test_a_data_url_becomes_an_image() -> None:
