@@ -84,12 +84,11 @@ class DecodeBatch:
         Gives nothing where the tokens that are due were read by the last step: they are fed now. The
         pass for the token after this one is not started where every row ends with this one.
         """
-        if not self.rows or (self._feed_read() and not self._is_constrained):
+        if not self.rows or (self._feed_read() and not self._waits):
             return []
         tokens, details = self._next, self._details
-        # Masks need the token that is fed, so nothing can be started ahead of it.
-        waits = self._new or self._is_constrained
-        starts = not waits and any(row.tokens_left > 1 for row in self.rows)
+        # Masks and draws on the host need what came before, so nothing can be started ahead of it.
+        starts = not (self._new or self._waits) and any(row.tokens_left > 1 for row in self.rows)
         if starts:
             self._start_next()
         ids = cast("list[int]", tokens.tolist())
@@ -103,8 +102,9 @@ class DecodeBatch:
         ]
 
     @property
-    def _is_constrained(self) -> bool:
-        return any(row.sampler.guard is not None for row in self.rows)
+    def _waits(self) -> bool:
+        """Whether tokens must be known before the next pass is started."""
+        return any(row.sampler.needs_host for row in self.rows)
 
     def _feed_read(self) -> bool:
         """Start the pass that is fed the tokens read by the last step; whether there are any."""

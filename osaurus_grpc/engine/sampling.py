@@ -6,11 +6,12 @@ change what a seeded request says. A token is drawn by inverting the cumulative 
 number, over the vocabulary or over the candidates that top_k, top_p and min_p leave.
 
 Rows of one kind are computed together: greedy rows by one argmax, plain rows by one cumulative sum,
-rows that truncate the distribution by one sort.
+rows that truncate the distribution by one sort. Where the device is the CPU, rows that are not greedy
+are drawn on the host instead (host_sampling).
 
 A row under a constraint is sampled from what its mask leaves, after penalties and bias; the
 log-probabilities reported are those before the mask. Its mask needs the token that was fed, so a
-batch with such a row awaits that token here, while the pass that it is fed to already runs.
+batch with such a row does not start a pass before its token is known.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from osaurus_grpc.engine import host_sampling
 from osaurus_grpc.engine.guard import Guard
 from osaurus_grpc.engine.types import Constraint, SamplingParams
 from osaurus_grpc.models.platform import mx
@@ -29,6 +31,8 @@ from osaurus_grpc.models.platform import mx
 _LARGEST_DRAW = 1.0 - 2.0**-24
 # Below this a row is greedy: the inverse of a denormal temperature is no float32.
 _COLDEST_TEMPERATURE = 1e-6
+# Whether logits are in the host's memory and computed by its cores.
+_IS_HOST = mx.default_device().type == mx.DeviceType.cpu
 # What a logit is held to when it is divided by a tiny repetition penalty.
 _LARGEST_LOGIT = 1e30
 
@@ -160,6 +164,8 @@ class RowSampler:
         self.truncates = not self.is_greedy and (
             0 < params.top_k < vocab_size or params.top_p < 1.0 or params.min_p > 0.0
         )
+        # Whether its next token can only be chosen once this one is known on the host.
+        self.needs_host = self.guard is not None or (_IS_HOST and not self.is_greedy)
         self.penalties: Penalties | None = None
         if (
             params.logit_bias
@@ -194,9 +200,14 @@ class _Truncation:
 
 
 class BatchSampler:
-    """Samples a batch whose rows are RowSamplers; keeps what depends only on which rows there are."""
+    """Samples a batch whose rows are RowSamplers; keeps what depends only on which rows there are.
 
-    def __init__(self) -> None:
+    Args:
+        on_host: Draw on the host; the logits are awaited then, unless all rows are greedy.
+    """
+
+    def __init__(self, *, on_host: bool = _IS_HOST) -> None:
+        self._on_host = on_host
         self._rows: tuple[RowSampler, ...] = ()
         self._greedy: list[int] = []
         self._plain: list[int] = []
@@ -208,7 +219,7 @@ class BatchSampler:
     def sample(
         self, rows: Sequence[RowSampler], fed: mx.array, logits: mx.array
     ) -> tuple[mx.array, list[LogprobRow | None]]:
-        """Choose one token a row. Lazy.
+        """Choose one token a row. Lazy, but for draws on the host.
 
         The guards of rows with a constraint have been fed all tokens up to those fed here.
 
@@ -265,6 +276,8 @@ class BatchSampler:
 
     def _choose(self, rows: Sequence[RowSampler], logits: mx.array) -> mx.array:
         """Token ids of all rows, shape (rows,)."""
+        if self._on_host and len(self._greedy) < len(rows):
+            return _choose_on_host(rows, logits)
         parts: list[mx.array] = []
         if self._greedy:
             parts.append(mx.argmax(_take(logits, self._greedy), axis=-1))
@@ -276,6 +289,18 @@ class BatchSampler:
             parts.append(_sample_truncated(_take(logits, self._truncating), self._truncation, draws))
         tokens = parts[0] if len(parts) == 1 else mx.concatenate(parts)
         return tokens if self._order is None else tokens[self._order]
+
+
+def _choose_on_host(rows: Sequence[RowSampler], logits: mx.array) -> mx.array:
+    """Token ids of all rows, shape (rows,)."""
+    values = np.asarray(logits)
+    tokens = [
+        int(values[i].argmax())
+        if row.is_greedy
+        else host_sampling.draw_token(values[i], row.params, row.draw(), truncates=row.truncates)
+        for i, row in enumerate(rows)
+    ]
+    return mx.array(tokens, dtype=mx.uint32)
 
 
 def _masked(rows: Sequence[RowSampler], logits: mx.array) -> mx.array:

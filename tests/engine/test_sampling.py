@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from osaurus_grpc.engine import host_sampling
 from osaurus_grpc.engine.sampling import BatchSampler, RowSampler
 from osaurus_grpc.engine.types import SamplingParams
 from osaurus_grpc.models.platform import mx
@@ -73,8 +74,8 @@ def params(draw: st.DrawFn) -> SamplingParams:
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=st.lists(params(), min_size=1, max_size=6), seed=st.integers(0, 2**32))
-def test_every_row_is_sampled_as_by_itself(rows: list[SamplingParams], seed: int) -> None:
+@given(rows=st.lists(params(), min_size=1, max_size=6), seed=st.integers(0, 2**32), on_host=st.booleans())
+def test_every_row_is_sampled_as_by_itself(rows: list[SamplingParams], seed: int, on_host: bool) -> None:
     generator = np.random.default_rng(seed)
     prompts = [generator.integers(0, VOCAB, generator.integers(1, 9)).tolist() for _ in rows]
     samplers = [
@@ -83,7 +84,7 @@ def test_every_row_is_sampled_as_by_itself(rows: list[SamplingParams], seed: int
     ]
     draws = [random.Random(seed + i) for i in range(len(rows))]
     generated: list[list[int]] = [[] for _ in rows]
-    batch = BatchSampler()
+    batch = BatchSampler(on_host=on_host)
     for step in range(STEPS):
         if step == 3 and len(rows) > 1:  # a row leaves between steps
             for values in (rows, prompts, samplers, draws, generated):
@@ -141,18 +142,25 @@ def test_a_rebuilt_row_goes_on_where_it_was() -> None:
         assert run(at) == whole
 
 
-def test_a_draw_never_lands_on_an_impossible_token() -> None:
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_draw_never_lands_on_an_impossible_token(on_host: bool) -> None:
     logits = np.full((1, VOCAB), -np.inf, np.float32)
     logits[0, 7] = 1.0
     for seed in range(50):
         sampler = RowSampler(
-            SamplingParams(temperature=2.0), [1], (), top_logprobs=None, seed=seed, vocab_size=VOCAB
+            SamplingParams(temperature=2.0, top_p=0.9 if seed % 2 else 1.0),
+            [1],
+            (),
+            top_logprobs=None,
+            seed=seed,
+            vocab_size=VOCAB,
         )
-        tokens, _ = BatchSampler().sample([sampler], mx.array([1]), mx.array(logits))
+        tokens, _ = BatchSampler(on_host=on_host).sample([sampler], mx.array([1]), mx.array(logits))
         assert tokens.item() == 7
 
 
-def test_sampling_follows_the_distribution() -> None:
+@pytest.mark.parametrize("on_host", [True, False])
+def test_sampling_follows_the_distribution(on_host: bool) -> None:
     """A thousand draws of a known distribution stay near it (the seed is fixed)."""
     probabilities = np.array([0.5, 0.25, 0.125, 0.0625, 0.0625])
     logits = np.log(probabilities).astype(np.float32)[None]
@@ -160,8 +168,51 @@ def test_sampling_follows_the_distribution() -> None:
         sampler = RowSampler(
             SamplingParams(temperature=1.0, **kind), [0], (), top_logprobs=None, seed=1, vocab_size=5
         )
-        batch = BatchSampler()
+        batch = BatchSampler(on_host=on_host)
         counts = np.zeros(5)
         for _ in range(1000):
             counts[batch.sample([sampler], mx.array([0]), mx.array(logits))[0].item()] += 1
         np.testing.assert_allclose(counts / 1000, probabilities, atol=0.04)
+
+
+def test_a_cold_temperature_draws_the_most_probable_token() -> None:
+    logits = np.array([[1e30, 3.0, -1e30, 2.0]], np.float32)
+    for kind in ({}, {"top_p": 0.9}):
+        for on_host in (True, False):
+            sampler = RowSampler(
+                SamplingParams(temperature=2e-6, **kind), [0], (), top_logprobs=None, seed=1, vocab_size=4
+            )
+            tokens, _ = BatchSampler(on_host=on_host).sample([sampler], mx.array([0]), mx.array(logits))
+            assert tokens.item() == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    scale=st.sampled_from([0.1, 1.0, 5.0]),
+    top_p=st.sampled_from([1.0, 0.999, 0.9, 0.5]),
+    top_k=st.sampled_from([0, 3, 600, 2000]),
+    min_p=st.sampled_from([0.0, 0.001, 0.1]),
+)
+def test_what_is_kept_does_not_depend_on_how_many_are_looked_at(
+    seed: int, scale: float, top_p: float, top_k: int, min_p: float
+) -> None:
+    """A wide vocabulary, flat and peaked distributions, many equal logits."""
+    generator = np.random.default_rng(seed)
+    shifted = (generator.standard_normal(3000) * scale).round(1).astype(np.float32)
+    shifted -= shifted.max()
+    params = SamplingParams(temperature=1.0, top_p=top_p, top_k=top_k, min_p=min_p)
+    kept = host_sampling._kept(shifted, params)
+    order = np.argsort(-shifted, kind="stable")
+    probabilities = np.exp(shifted[order].astype(np.float64))
+    before = np.cumsum(probabilities) - probabilities
+    allowed = np.arange(3000) < (top_k or 3000)
+    if top_p < 1.0:
+        allowed &= before < top_p * probabilities.sum()
+    if min_p:
+        allowed &= shifted[order] >= np.log(min_p)
+    expected = order[allowed]
+    # float32 sums may shift the border of top_p by a token.
+    assert abs(len(kept) - len(expected)) <= (1 if top_p < 1.0 else 0)
+    shared = min(len(kept), len(expected))
+    np.testing.assert_array_equal(shifted[kept[:shared]], shifted[expected[:shared]])
