@@ -55,6 +55,12 @@ class _Form:
         """How many arrays a piece has."""
         return sum(len(stack) for stack in self.stacks)
 
+    @property
+    def nbytes(self) -> int:
+        """What a piece takes in memory."""
+        parts = [part for stack in self.stacks for part in stack]
+        return sum(math.prod(shape) * int(getattr(mx, dtype).size) for shape, dtype in parts)
+
     def rebuild(self, parts: SequenceOf[Bytes | None]) -> Piece | None:
         """A piece of this form from its arrays' bytes; None where they are not there or of other sizes."""
         left: Iterator[Bytes | None] = iter(parts)
@@ -131,6 +137,7 @@ class Persistence:
             [[store.layout.lanes[i].window, f.planes, f.bits, f.stacks] for i, f in enumerate(self._forms)]
         )
         self._model = model_key(identity, self._layout)
+        self._run_bytes = max(1, RUN_BLOCKS * sum(form.nbytes for form in self._forms))
         self._waiting: list[_Waiting] = []
         self._resume: Callable[[Sequence], None] = lambda sequence: None
         store.on_store = self._save
@@ -236,8 +243,9 @@ class Persistence:
         """Numbers of a prompt's runs that are on the disk, from where memory ends."""
         tokens = sequence.prefill_tokens
         first = end = self._store.match_length(sequence.chain, tokens) // RUN_TOKENS
-        # The last token is always computed.
-        for key in self._keys(sequence.chain)[first : (len(tokens) - 1) // RUN_TOKENS]:
+        # The last token is always computed; and what memory cannot hold need not be read.
+        most = min((len(tokens) - 1) // RUN_TOKENS, first + self._store.max_bytes // self._run_bytes)
+        for key in self._keys(sequence.chain)[first:most]:
             if not self._disk.has(key):
                 break
             end += 1

@@ -257,14 +257,15 @@ async def test_a_request_that_can_never_fit_is_refused_before_any_work():
 
 
 def watch_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Note the largest size that the caches of a batch have after a step."""
+    """Note the largest size that the caches of a batch, kept ones included, have after a step."""
     largest = 0
     step = Batch.step
 
     def watched(self: Batch, prefill_tokens: int) -> Any:
         nonlocal largest
         events = step(self, prefill_tokens)
-        largest = max(largest, self.nbytes)
+        kept = self._prompt_cache
+        largest = max(largest, self.nbytes + (kept.nbytes if kept is not None else 0))
         return events
 
     monkeypatch.setattr(Batch, "step", watched)
