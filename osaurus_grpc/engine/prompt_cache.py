@@ -209,6 +209,20 @@ class PromptCache:
         places = {place // BLOCK_TOKENS * BLOCK_TOKENS for place in wanted if place < length}
         return sorted(place for place in places if place > start)
 
+    def last_place(self, length: int, stable_tokens: int, limit: int) -> int:
+        """Where a prompt that is being processed can be taken up by others; 0 is nowhere.
+
+        Args:
+            length: Tokens of the prompt.
+            stable_tokens: Of its stable beginning.
+            limit: Tokens that the others have in common with it.
+        """
+        if not self._max_bytes:
+            return 0
+        if self._layout.is_plain:
+            return limit // BLOCK_TOKENS * BLOCK_TOKENS
+        return max((place for place in self.pauses(0, length, stable_tokens) if place <= limit), default=0)
+
     def match_length(self, chain: Chain, tokens: Sequence[int]) -> int:
         """Tokens at the beginning of a prompt that need not be computed."""
         _, shared = self.slots.find(tokens)

@@ -4,15 +4,22 @@ Sequences join and leave between decode steps. Prompts are processed in chunks b
 steps of running sequences; a chunk's size is chosen from what steps were seen to take, so that
 running streams pause for a bounded number of decode steps only. One long prompt is processed at a
 time, in order of arrival; a prompt that fits into one chunk does not queue behind it.
+
+A sequence whose prompt goes on like one that is being processed right now waits until that part is in
+the prompt cache, so that sequences which arrive together and begin alike pay for their beginning once.
+It waits for a running prefill only, which either gets past that part or ends.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from typing import Protocol
 
 from osaurus_grpc.engine.memory import KVMemory
 from osaurus_grpc.engine.sequence import Sequence
+from osaurus_grpc.engine.token_chain import BLOCK_TOKENS, Chain
 
 # A chunk may take as long as this many decode steps while others decode.
 _PAUSE_DECODE_STEPS = 4.0
@@ -20,6 +27,10 @@ _PAUSE_DECODE_STEPS = 4.0
 _IDLE_CHUNK_SECONDS = 0.5
 _SMALLEST_CHUNK = 64
 _FIRST_CHUNK = 256
+# Tokens worth waiting for while another sequence computes them.
+_SMALLEST_SHARED = 64
+# Waits that may come to nothing, because the other one was cancelled or the cache is too small.
+_PATIENCE = 3
 # Weight of the newest measurement.
 _SMOOTHING = 0.3
 
@@ -66,6 +77,18 @@ class StepClock:
         return min(chunk, largest)
 
 
+class KeptBeginnings(Protocol):
+    """What a scheduler asks the prompt cache."""
+
+    def match_length(self, chain: Chain, tokens: SequenceOf[int]) -> int:
+        """Tokens at the beginning of a prompt that need not be computed."""
+        ...
+
+    def last_place(self, length: int, stable_tokens: int, limit: int) -> int:
+        """Where within its first tokens a prompt that is being processed can be taken up by others."""
+        ...
+
+
 class Scheduler:
     """The waiting and running sequences of one model.
 
@@ -73,10 +96,16 @@ class Scheduler:
         max_batch_size: Rows at most.
         prefill_chunk_tokens: A chunk's tokens at most.
         memory: What KV caches may take; None counts nothing.
+        kept: Beginnings that need not be computed; None is none.
     """
 
     def __init__(
-        self, *, max_batch_size: int, prefill_chunk_tokens: int, memory: KVMemory | None = None
+        self,
+        *,
+        max_batch_size: int,
+        prefill_chunk_tokens: int,
+        memory: KVMemory | None = None,
+        kept: KeptBeginnings | None = None,
     ) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
@@ -84,6 +113,7 @@ class Scheduler:
         self._max_batch_size = max_batch_size
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self._memory = memory
+        self._kept = kept
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
@@ -122,6 +152,9 @@ class Scheduler:
         opening = self._memory.opening(self.running.values()) if self._memory is not None else None
         while self.waiting and free > 0:
             sequence = self.waiting.popleft()
+            if self._is_held(sequence, [*prefilling, *admitted]):
+                skipped.append(sequence)
+                continue
             fits = sequence.uncached_tokens <= max(_SMALLEST_CHUNK, chunk // (sharing + 1))
             if not fits and has_long:
                 skipped.append(sequence)
@@ -135,6 +168,38 @@ class Scheduler:
             free -= 1
         self.waiting.extendleft(reversed(skipped))
         return admitted
+
+    def _is_held(self, sequence: Sequence, prefilling: SequenceOf[Sequence]) -> bool:
+        """Whether a waiting sequence should wait for what another is computing just now."""
+        if self._kept is None:
+            return False
+        awaited = sequence.awaited
+        if awaited is not None:
+            if awaited in prefilling and self._shared_tokens(sequence, awaited) > 0:
+                return True
+            sequence.awaited = None
+            found = self._kept.match_length(sequence.chain, sequence.prefill_tokens)
+            sequence.vain_waits += found <= sequence.cached_tokens
+            sequence.cached_tokens = found
+        if sequence.vain_waits < _PATIENCE:
+            offers = [(self._shared_tokens(sequence, other), other) for other in prefilling]
+            shared, other = max(offers, key=lambda offer: offer[0], default=(0, None))
+            sequence.awaited = other if shared >= _SMALLEST_SHARED else None
+        return sequence.awaited is not None
+
+    def _shared_tokens(self, sequence: Sequence, other: Sequence) -> int:
+        """Tokens that a waiting sequence lacks and another one is about to have computed for it."""
+        assert self._kept is not None
+        missing = sequence.cached_tokens // BLOCK_TOKENS
+        names, others = sequence.chain.names, other.chain.names
+        # Most have nothing in common, which the first block tells.
+        if missing >= min(len(names), len(others)) or names[missing] != others[missing]:
+            return 0
+        shared = sequence.chain.common_blocks(other.chain) * BLOCK_TOKENS
+        limit = min(shared, sequence.total_tokens - 1)
+        place = self._kept.last_place(other.total_tokens, other.request.stable_prefix_tokens, limit)
+        processed = other.cached_tokens if other.uid is None else other.prefilled
+        return place - max(sequence.cached_tokens, processed)
 
     def started(self, sequence: Sequence, uid: int) -> None:
         """A sequence has a row."""

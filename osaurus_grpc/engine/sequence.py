@@ -31,6 +31,8 @@ class Sequence:
         prefilled: Prompt tokens processed since it has that row.
         is_decoding: Its prompt is processed.
         strikes: Device errors that happened while this sequence was on trial.
+        awaited: The sequence whose prefill it waits for.
+        vain_waits: Times that waiting for another's prefill came to nothing.
         passed: Later sequences that were let in before it for want of memory.
         preemptions: Times it gave its row back for want of memory.
     """
@@ -48,6 +50,8 @@ class Sequence:
     prefilled: int = 0
     is_decoding: bool = False
     strikes: int = 0
+    awaited: Sequence | None = None
+    vain_waits: int = 0
     passed: int = 0
     preemptions: int = 0
 

@@ -108,6 +108,7 @@ class Worker:
             max_batch_size=self._max_batch_size,
             prefill_chunk_tokens=self._prefill_chunk_tokens,
             memory=memory,
+            kept=prompt_cache,
         )
 
         def make_batch() -> Batch:

@@ -1,0 +1,134 @@
+"""Whatever is kept, cut back, dropped or shared: reuse changes no token of a greedy answer.
+
+Hypothesis draws whole histories: conversations that go on, are edited in the middle, branch off, ask
+the same again; beside each other, beside requests that are cancelled at any stage, over stores of
+which some hold next to nothing. Every answer is compared with that of an engine that keeps nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_map
+
+from osaurus_grpc.engine.engine import Engine
+from osaurus_grpc.engine.types import PrefillProgress, PrefillStarted, TokensGenerated
+from osaurus_grpc.models.platform import mx
+
+from .conftest import VOCAB, answer, collect, request, running_engine, token_ids
+
+KINDS = ("llama", "gemma3", "gpt_oss", "mamba2", "qwen3_next", "falcon_h1", "deepseek_v32")
+STORE_BYTES = (20_000, 100_000, 2**26)  # some blocks of a beginning; a conversation; everything
+SYSTEMS = (
+    tuple((7 * i + 3) % VOCAB for i in range(40)),
+    tuple((11 * i + 5) % VOCAB for i in range(83)),
+)
+
+
+def sharpened(model: Any) -> Any:
+    """Larger weights, so that an answer depends on all that was said and not on the last token only."""
+    model.update(tree_map(lambda w: w * 3 if w.ndim > 1 else w, model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a conversation does next.
+
+    Attributes:
+        words: New tokens.
+        cut: Drop so many of the prompt's last tokens before: 0 goes on after the answer.
+        length: Tokens to generate.
+        cancelled: None, or after how many events the client leaves; the conversation then goes on as if
+            the turn had never been.
+    """
+
+    words: tuple[int, ...]
+    cut: int
+    length: int
+    cancelled: int | None
+
+
+words = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40).map(tuple)
+turns = st.builds(
+    Turn,
+    words=words,
+    cut=st.sampled_from((0, 0, 0, 1, 15, 16, 17, 60)),
+    length=st.sampled_from((1, 2, 14, 17, 33)),
+    cancelled=st.sampled_from((None, None, None, 1, 2, 4)),
+)
+conversations = st.tuples(st.sampled_from(SYSTEMS), st.booleans(), st.lists(turns, min_size=1, max_size=4))
+histories = st.lists(conversations, min_size=1, max_size=3)
+
+
+class Engines:
+    """One engine that keeps nothing, and one for each size of store; each remembers its past."""
+
+    def __init__(self, plain: Engine, keeping: dict[int, Engine]) -> None:
+        self.plain = plain
+        self.keeping = keeping
+        self.reused = 0
+
+    async def converse(
+        self, engine: Engine, system: tuple[int, ...], is_stable: bool, history: list[Turn]
+    ) -> None:
+        prompt = system
+        for turn in history:
+            prompt = (prompt[: -turn.cut] if turn.cut else prompt) + turn.words
+            asked = request(
+                prompt=prompt,
+                max_tokens=turn.length,
+                stable_prefix_tokens=min(len(system), len(prompt)) if is_stable else 0,
+            )
+            if turn.cancelled is not None:
+                await leave(engine, asked, turn.cancelled)
+                continue
+            events = await collect(engine, asked)
+            said = token_ids(events)
+            assert said == await answer(self.plain, asked)
+            assert isinstance(events[0], PrefillStarted)
+            assert events[0].cached_tokens < len(prompt)
+            self.reused += events[0].cached_tokens
+            prompt += tuple(said)
+
+
+async def leave(engine: Engine, asked: Any, after: int) -> None:
+    """Read so many events and go."""
+    async with asyncio.timeout(60), aclosing(engine.generate(asked)) as events:
+        async for event in events:
+            after -= isinstance(event, PrefillProgress | TokensGenerated)
+            if after <= 0:
+                break
+
+
+@pytest.fixture(params=KINDS)
+async def engines(request: pytest.FixtureRequest) -> AsyncIterator[Engines]:
+    async with AsyncExitStack() as stack:
+
+        async def start(size: int) -> Engine:
+            return await stack.enter_async_context(
+                running_engine(
+                    kind=request.param, wrap=sharpened, prompt_cache_bytes=size, prefill_chunk_tokens=48
+                )
+            )
+
+        engines = Engines(await start(0), {size: await start(size) for size in STORE_BYTES})
+        yield engines
+        assert engines.reused > 1000
+
+
+# Shrinking would replay histories against engines that remember them.
+@settings(max_examples=12, deadline=None, phases=(Phase.explicit, Phase.generate), derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
+@given(history=histories, size=st.sampled_from(STORE_BYTES))
+async def test_reuse_changes_no_token(engines: Engines, history: list[Any], size: int) -> None:
+    async with asyncio.timeout(120):
+        await asyncio.gather(*(engines.converse(engines.keeping[size], *one) for one in history))
