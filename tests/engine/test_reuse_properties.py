@@ -27,7 +27,7 @@ from .conftest import VOCAB, answer, collect, request, running_engine, token_ids
 KINDS = ("llama", "gemma3", "gpt_oss", "mamba2", "qwen3_next", "falcon_h1", "deepseek_v32")
 STORE_BYTES = (20_000, 100_000, 2**26)  # some blocks of a beginning; a conversation; everything
 SYSTEMS = (
-    tuple((7 * i + 3) % VOCAB for i in range(40)),
+    tuple((7 * i + 3) % VOCAB for i in range(48)),
     tuple((11 * i + 5) % VOCAB for i in range(83)),
 )
 
@@ -57,16 +57,21 @@ class Turn:
     cancelled: int | None
 
 
-words = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40).map(tuple)
+# Few phrases, of a block's length too, so that equal blocks turn up after different beginnings.
+PHRASES = tuple(
+    tuple((factor * i + 9) % VOCAB for i in range(length))
+    for factor, length in ((2, 16), (5, 32), (3, 7), (1, 1))
+)
+words = st.lists(st.sampled_from(PHRASES), min_size=1, max_size=3).map(lambda said: sum(said, ()))
 turns = st.builds(
     Turn,
     words=words,
     cut=st.sampled_from((0, 0, 0, 1, 15, 16, 17, 60)),
     length=st.sampled_from((1, 2, 14, 17, 33)),
-    cancelled=st.sampled_from((None, None, None, 1, 2, 4)),
+    cancelled=st.sampled_from((None, None, None, None, 1, 2, 4)),
 )
-conversations = st.tuples(st.sampled_from(SYSTEMS), st.booleans(), st.lists(turns, min_size=1, max_size=4))
-histories = st.lists(conversations, min_size=1, max_size=3)
+conversations = st.tuples(st.sampled_from(SYSTEMS), st.booleans(), st.lists(turns, min_size=2, max_size=4))
+histories = st.lists(conversations, min_size=2, max_size=5)
 
 
 class Engines:
@@ -122,11 +127,11 @@ async def engines(request: pytest.FixtureRequest) -> AsyncIterator[Engines]:
 
         engines = Engines(await start(0), {size: await start(size) for size in STORE_BYTES})
         yield engines
-        assert engines.reused > 1000
+        assert engines.reused > 500
 
 
 # Shrinking would replay histories against engines that remember them.
-@settings(max_examples=12, deadline=None, phases=(Phase.explicit, Phase.generate), derandomize=True,
+@settings(max_examples=5, deadline=None, phases=(Phase.explicit, Phase.generate), derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
 @given(history=histories, size=st.sampled_from(STORE_BYTES))
 async def test_reuse_changes_no_token(engines: Engines, history: list[Any], size: int) -> None:
