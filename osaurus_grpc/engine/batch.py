@@ -14,7 +14,7 @@ from __future__ import annotations
 from osaurus_grpc.models.platform import mx  # isort: skip  # first: it loads the BLAS before MLX
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,32 +203,38 @@ class Batch:
     def __len__(self) -> int:
         return self.prefilling + self.decoding
 
-    def step(self, prefill_tokens: int) -> list[BatchEvent]:
+    def step(self, prefill_tokens: int, awaited: Container[int] = ()) -> list[BatchEvent]:
         """One decode step of all rows, then prefill.
 
         Args:
             prefill_tokens: Tokens to prefill over all prompts, padding included, at least 1.
+            awaited: Sequences whose prompts others wait for: they are kept as soon as they are computed.
 
         Any exception leaves the batch undefined: it must be thrown away (close()).
         """
-        events = self.decode()
+        events = self.decode(awaited)
+        store = self._prompt_cache
         for row in self._prefill.step(prefill_tokens, self._decoding):
-            if row.pending and self._prompt_cache is not None and not self._prompt_cache.is_plain:
+            if row.pending and store is not None and (row.uid in awaited or not store.is_plain):
                 # Windows move on and states change: what is to be kept of them is kept now.
                 self._store(row, row.caches, 0, is_end=row.processed in row.pauses)
             events.append(Prefilled(row.uid, row.processed, row.prompt_tokens))
         return events
 
-    def decode(self) -> list[BatchEvent]:
+    def decode(self, awaited: Container[int] = ()) -> list[BatchEvent]:
         """One token for every row whose prompt is processed, but for those whose pass is only started."""
         events: list[BatchEvent] = []
         ended: list[BatchRow] = []
+        fresh: list[BatchRow] = []
         for row, token, end in self._decoding.step():
             events.append(Decoded(row.uid, token, end))
             if end is not None:
                 ended.append(row)
             elif self._prompt_cache is not None and len(row.tokens) == row.prompt_tokens:
-                self._unsaved.append(row)  # its first token is out: there is time for others now
+                # Its first token is out: there is time for others now.
+                (fresh if row.uid in awaited else self._unsaved).append(row)
+        for row in fresh:
+            self._save(row)
         self._leave(ended)
         return events
 

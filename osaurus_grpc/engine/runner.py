@@ -104,7 +104,7 @@ class Runner:
             self._join(deliveries)
             self._batch.tidy()
             started = time.monotonic()
-            events = self._batch.step(chunk)
+            events = self._batch.step(chunk, self.scheduler.awaited())
             now = time.monotonic()
         except Exception:  # the device's errors have no common base class; survivors must go on
             logger.exception(
@@ -179,6 +179,8 @@ class Runner:
             return 0
         advanced = event.processed - sequence.prefilled
         sequence.prefilled = event.processed
+        if sequence.is_awaited and event.processed < event.total:
+            sequence.kept_tokens = event.processed
         return advanced
 
     def _interpret(self, event: BatchEvent, now: float) -> list[Delivery]:

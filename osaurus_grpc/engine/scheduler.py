@@ -175,16 +175,21 @@ class Scheduler:
             return False
         awaited = sequence.awaited
         if awaited is not None:
-            if awaited in prefilling and self._shared_tokens(sequence, awaited) > 0:
+            # What is left of a prompt when its last pass begins is kept when it gives the first token.
+            is_computing = awaited.uid is not None and not awaited.generated
+            if is_computing and self._shared_tokens(sequence, awaited) > 0:
                 return True
             sequence.awaited = None
             found = self._kept.match_length(sequence.chain, sequence.prefill_tokens)
             sequence.vain_waits += found <= sequence.cached_tokens
             sequence.cached_tokens = found
         if sequence.vain_waits < _PATIENCE:
-            offers = [(self._shared_tokens(sequence, other), other) for other in prefilling]
+            offers = [
+                (self._shared_tokens(sequence, other), other) for other in prefilling if not other.generated
+            ]
             shared, other = max(offers, key=lambda offer: offer[0], default=(0, None))
-            sequence.awaited = other if shared >= _SMALLEST_SHARED else None
+            if other is not None and shared >= _SMALLEST_SHARED:
+                sequence.awaited, other.is_awaited = other, True
         return sequence.awaited is not None
 
     def _shared_tokens(self, sequence: Sequence, other: Sequence) -> int:
@@ -198,13 +203,17 @@ class Scheduler:
         shared = sequence.chain.common_blocks(other.chain) * BLOCK_TOKENS
         limit = min(shared, sequence.total_tokens - 1)
         place = self._kept.last_place(other.total_tokens, other.request.stable_prefix_tokens, limit)
-        processed = other.cached_tokens if other.uid is None else other.prefilled
-        return place - max(sequence.cached_tokens, processed)
+        kept = other.cached_tokens if other.uid is None else other.kept_tokens
+        return place - max(sequence.cached_tokens, kept)
+
+    def awaited(self) -> set[int]:
+        """Rows whose prompts others wait for."""
+        return {uid for uid, sequence in self.running.items() if sequence.is_awaited}
 
     def started(self, sequence: Sequence, uid: int) -> None:
         """A sequence has a row."""
         sequence.uid = uid
-        sequence.prefilled = sequence.cached_tokens
+        sequence.prefilled = sequence.kept_tokens = sequence.cached_tokens
         sequence.is_decoding = False
         self.running[uid] = sequence
 

@@ -31,7 +31,9 @@ class Sequence:
         prefilled: Prompt tokens processed since it has that row.
         is_decoding: Its prompt is processed.
         strikes: Device errors that happened while this sequence was on trial.
-        awaited: The sequence whose prefill it waits for.
+        kept_tokens: Of its prompt, those that others can find already.
+        is_awaited: Others wait for its prompt to be processed.
+        awaited: The sequence whose prompt it waits for.
         vain_waits: Times that waiting for another's prefill came to nothing.
         passed: Later sequences that were let in before it for want of memory.
         preemptions: Times it gave its row back for want of memory.
@@ -50,6 +52,8 @@ class Sequence:
     prefilled: int = 0
     is_decoding: bool = False
     strikes: int = 0
+    kept_tokens: int = 0
+    is_awaited: bool = False
     awaited: Sequence | None = None
     vain_waits: int = 0
     passed: int = 0

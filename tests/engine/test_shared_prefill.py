@@ -42,9 +42,9 @@ def test_a_sequence_waits_for_what_another_is_computing():
     first, second, other = sequence((*SYSTEM, 1)), sequence((*SYSTEM, 2)), sequence((5,) * 60)
     target.waiting.extend([first, second, other])
     assert admit(target) == [first, other]
-    first.prefilled = 640
+    first.prefilled = first.kept_tokens = 640
     assert admit(target) == []
-    first.prefilled = 688  # the last block that both have is stored
+    first.prefilled = first.kept_tokens = 688  # the last block that both have is stored
     assert admit(target) == [second]
 
 
@@ -86,13 +86,13 @@ def test_nobody_waits_for_what_cannot_be_taken_up():
     target.waiting.extend([first, third, second])
     assert admit(target) == [first, third]
     third.is_decoding = True
-    first.prefilled = 240
+    first.prefilled = first.kept_tokens = 240
     assert admit(target) == [second]
     target = scheduler(RotatingKVCache(max_size=32))
     first, second = (sequence(SYSTEM[:200] + (i,) * 50, stable_prefix_tokens=200) for i in range(2))
     target.waiting.extend([first, second])
     assert admit(target) == [first]
-    first.prefilled = 192
+    first.prefilled = first.kept_tokens = 192
     assert admit(target) == [second]
 
 
