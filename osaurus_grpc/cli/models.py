@@ -116,9 +116,9 @@ def remove_model(arguments: Sequence[str]) -> int:
 
 
 async def _unload(server: runtime.RunningServer, entry: ModelEntry, key: str) -> None:
-    from osaurus_grpc.client import connect
+    from osaurus_grpc.client import AsyncOsaurus
 
-    async with connect(server.grpc, key) as client:
+    async with AsyncOsaurus(server.grpc, key) as client:
         try:
             await client.unload_model(entry.id)
         except ModelNotFoundError:
@@ -153,10 +153,10 @@ def list_loaded(arguments: Sequence[str]) -> int:
 
 async def loaded_models(server: runtime.RunningServer, key: str) -> list[Model]:
     """The models that a running server holds in memory. OsaurusError."""
-    from osaurus_grpc.client import connect
+    from osaurus_grpc.client import AsyncOsaurus
     from osaurus_grpc.v1.model_pb2 import ModelState
 
-    async with connect(server.grpc, key) as client:
+    async with AsyncOsaurus(server.grpc, key) as client:
         return [model for model in await client.list_models() if model.state == ModelState.MODEL_STATE_LOADED]
 
 

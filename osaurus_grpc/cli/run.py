@@ -30,7 +30,7 @@ from osaurus_grpc.errors import OsaurusError
 from osaurus_grpc.settings import Settings
 
 if TYPE_CHECKING:
-    from osaurus_grpc.client import Client
+    from osaurus_grpc.client import AsyncOsaurus
     from osaurus_grpc.v1.chat_pb2 import ChatRequest
 
 _STOP_SECONDS = 10.0
@@ -96,7 +96,7 @@ class Conversation:
         self._values = values
         self._core = core
         self._stack = AsyncExitStack()
-        self._client: Client | None = None
+        self._client: AsyncOsaurus | None = None
         self._own_core: Child | None = None
         self._turns: list[tuple[str, str]] = []
         self.model_id = ""
@@ -109,9 +109,9 @@ class Conversation:
             address, key = servers[0].grpc, api_key(self._values, self._core)
         else:
             address, key = await self._start_core()
-        from osaurus_grpc.client import connect  # after the core was started: gRPC dislikes forks
+        from osaurus_grpc.client import AsyncOsaurus  # after the core was started: gRPC dislikes forks
 
-        self._client = await self._stack.enter_async_context(connect(address, key))
+        self._client = await self._stack.enter_async_context(AsyncOsaurus(address, key))
 
     async def _start_core(self) -> tuple[str, str]:
         key = secrets.token_urlsafe(24)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from osaurus_grpc.cli.supervisor import is_healthy
-from osaurus_grpc.client import TransportError, connect
+from osaurus_grpc.client import AsyncOsaurus, TransportError
 from osaurus_grpc.errors import OsaurusError
 from osaurus_grpc.v1 import chat_pb2
 from tests.e2e.serving import Served, serving
@@ -61,7 +61,7 @@ def post_stream(url: str, max_tokens: int) -> Iterator[http.client.HTTPResponse]
 
 
 async def first_content(served: Served) -> list[chat_pb2.ChatStreamResponse]:
-    async with connect(served.grpc) as client:
+    async with AsyncOsaurus(served.grpc) as client:
         request = endless_question()
         request.sampling.max_tokens = 2
         return [event async for event in client.chat_stream(request)]
@@ -87,7 +87,7 @@ def test_a_core_that_is_killed_in_mid_stream_is_started_again(models_dir: Path, 
 async def ask_and_do(served: Served, kind: str, action: Callable[[], Awaitable[None]]) -> None:
     """Ask for a long answer, and do something when its first event of a kind comes."""
     is_done = False
-    async with connect(served.grpc) as client:
+    async with AsyncOsaurus(served.grpc) as client:
         async for event in client.chat_stream(endless_question()):
             if event.WhichOneof("event") == kind and not is_done:
                 is_done = True
@@ -103,7 +103,7 @@ async def test_a_grpc_client_gets_an_error_when_the_core_is_killed(models_dir: P
         with pytest.raises(TransportError):
             await ask_and_do(served, "content", kill_the_core)
         await asyncio.to_thread(wait_until_healthy, served)
-        async with connect(served.grpc) as client:
+        async with AsyncOsaurus(served.grpc) as client:
             assert [model.id for model in await client.list_models(timeout=60)] == ["tiny-llama"]
 
 

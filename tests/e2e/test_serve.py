@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from osaurus_grpc.cli.supervisor import is_healthy
-from osaurus_grpc.client import connect
+from osaurus_grpc.client import AsyncOsaurus
 from osaurus_grpc.v1 import chat_pb2
 from tests.e2e.serving import Served, run_command, serving, start, without_privileges
 from tests.models.folders import write_model
@@ -38,7 +38,7 @@ async def test_it_answers_over_grpc(tiny_served: Served) -> None:
     request = chat_pb2.ChatRequest()  # no model: the one that was served is the default
     request.messages.add(role=chat_pb2.ROLE_USER, content=[chat_pb2.ContentPart(text="Hi")])
     request.sampling.max_tokens = 4
-    async with connect(tiny_served.grpc) as client:
+    async with AsyncOsaurus(tiny_served.grpc) as client:
         events = [event async for event in client.chat_stream(request)]
     assert events[0].started.model == "tiny-llama"
     assert not events[0].started.HasField("load_duration")

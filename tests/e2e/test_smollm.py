@@ -8,7 +8,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from osaurus_grpc.client import connect
+from osaurus_grpc.client import AsyncOsaurus
 from osaurus_grpc.v1 import chat_pb2
 from tests.e2e.serving import run_command, serving
 
@@ -32,7 +32,7 @@ async def test_the_capital_of_france(smollm_dir: Path, tmp_path: Path, home: Pat
         request.messages.add(role=chat_pb2.ROLE_USER, content=[chat_pb2.ContentPart(text=QUESTION)])
         request.sampling.temperature = 0
         request.sampling.max_tokens = 20
-        async with connect(served.grpc) as core:
+        async with AsyncOsaurus(served.grpc) as core:
             text = "".join([event.content.text async for event in core.chat_stream(request)])
         assert "Paris" in text
 

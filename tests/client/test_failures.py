@@ -7,7 +7,8 @@ import grpc
 import pytest
 
 from osaurus_grpc import errors
-from osaurus_grpc.client import Client, TransportError, connect, error_from_call
+from osaurus_grpc.client import AsyncOsaurus, TransportError
+from osaurus_grpc.client.failures import error_from_call
 from osaurus_grpc.server.status import status_from_error
 from osaurus_grpc.v1 import chat_pb2, error_reason_pb2, model_pb2
 from tests.harness.processes import core_process
@@ -86,7 +87,7 @@ def question(text: str, max_tokens: int = 8) -> chat_pb2.ChatRequest:
 
 
 async def test_models_are_listed_described_loaded_and_unloaded(tiny_core: str) -> None:
-    async with connect(tiny_core) as client:
+    async with AsyncOsaurus(tiny_core) as client:
         assert await client.is_serving()
         assert await client.is_serving("osaurus.v1.InferenceService")
         assert [model.id for model in await client.list_models()] == ["tiny-llama"]
@@ -98,7 +99,7 @@ async def test_models_are_listed_described_loaded_and_unloaded(tiny_core: str) -
 
 
 async def test_a_stream_is_the_events_of_the_contract(tiny_core: str) -> None:
-    async with connect(tiny_core) as client:
+    async with AsyncOsaurus(tiny_core) as client:
         kinds = [event.WhichOneof("event") async for event in client.chat_stream(question("Hello"))]
     assert kinds[0] == "started"
     assert kinds[-2:] == ["choice_finished", "completed"]
@@ -107,7 +108,7 @@ async def test_a_stream_is_the_events_of_the_contract(tiny_core: str) -> None:
 
 async def test_leaving_a_stream_ends_the_call(tiny_core: str) -> None:
     """The model cannot be unloaded while an answer runs, so that it can be shows that none does."""
-    async with connect(tiny_core) as client:
+    async with AsyncOsaurus(tiny_core) as client:
         async with aclosing(client.chat_stream(question("Hello", max_tokens=100_000))) as events:
             async for event in events:
                 if event.HasField("content"):
@@ -116,7 +117,7 @@ async def test_leaving_a_stream_ends_the_call(tiny_core: str) -> None:
 
 
 async def test_errors_of_a_real_server(tiny_core: str) -> None:
-    async with connect(tiny_core) as client:
+    async with AsyncOsaurus(tiny_core) as client:
         with pytest.raises(errors.ModelNotFoundError, match="Model not found: omega"):
             await client.get_model("omega")
         wrong = question("Hello")
@@ -127,14 +128,14 @@ async def test_errors_of_a_real_server(tiny_core: str) -> None:
 
 
 async def test_a_deadline_is_an_error_of_its_own(tiny_core: str) -> None:
-    async with connect(tiny_core) as client:
+    async with AsyncOsaurus(tiny_core) as client:
         with pytest.raises(errors.RequestDeadlineError):
             async for _ in client.chat_stream(question("Hello", max_tokens=1_000_000), timeout=0.5):
                 pass
 
 
 async def test_nothing_listens() -> None:
-    async with Client("127.0.0.1:9") as client:
+    async with AsyncOsaurus("127.0.0.1:9") as client:
         assert not await client.is_serving(timeout=5)
         with pytest.raises(TransportError, match=r"127\.0\.0\.1:9"):
             await client.list_models(timeout=5)
@@ -142,9 +143,9 @@ async def test_nothing_listens() -> None:
 
 async def test_keys(tiny_dir: Path) -> None:
     with core_process(tiny_dir, env={"OSAURUS_API_KEY": "the-key"}) as core:
-        async with connect(core.address, "the-key") as client:
+        async with AsyncOsaurus(core.address, "the-key") as client:
             assert [model.id for model in await client.list_models()] == ["tiny-llama"]
-        async with connect(core.address) as stranger:
+        async with AsyncOsaurus(core.address) as stranger:
             assert await stranger.is_serving()
             with pytest.raises(errors.UnauthenticatedError):
                 await stranger.list_models()
