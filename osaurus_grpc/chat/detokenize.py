@@ -48,6 +48,7 @@ class Detokenizer:
             special, such as many models' `<think>`, always show.
         context: Where the text continues another one, the last tokens of that, so that a space
             between the two is kept. SentencePiece drops the space at a text's start.
+        shown: Special tokens that show all the same, as their names.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Detokenizer:
         *,
         skip_special_tokens: bool = True,
         context: Sequence[int] = (),
+        shown: frozenset[int] = frozenset(),
     ) -> None:
         vocabulary = _vocabulary(tokenizer)
         strategy: _Strategy
@@ -65,6 +67,8 @@ class Detokenizer:
             strategy = _StreamDecoding(vocabulary.backend, skip_special_tokens, context)
         else:
             strategy = _WindowDecoding(tokenizer, skip_special_tokens, context)
+        if shown and skip_special_tokens:
+            strategy = _ShowingSome(strategy, vocabulary, shown)
         self._finish = strategy.finish
         self.step = strategy.step  # a bound method: one call less on the path of every token
         """Takes the next token id and returns the text it completes, often "" or several characters."""
@@ -125,6 +129,22 @@ class _ByteDecoding(_Strategy):
             self._strips_space = False
             return text.removeprefix(" ")
         return text
+
+
+class _ShowingSome(_Strategy):
+    """Shows chosen special tokens, which the strategy leaves out."""
+
+    def __init__(self, inner: _Strategy, vocabulary: _Vocabulary, shown: frozenset[int]) -> None:
+        self._inner = inner
+        self._names = {token_id: vocabulary.name(token_id) for token_id in shown}
+
+    def step(self, token_id: int) -> str:
+        name = self._names.get(token_id)
+        text = self._inner.step(token_id)
+        return text if name is None else text + name
+
+    def finish(self) -> str:
+        return self._inner.finish()
 
 
 class _StreamDecoding(_Strategy):
@@ -222,6 +242,11 @@ class _Vocabulary(dict[int, bytes]):
         data = self._compute(token_id)
         self[token_id] = data
         return data
+
+    def name(self, token_id: int) -> str:
+        """How the token is written in a vocabulary's file, which of special tokens is their text."""
+        piece = self.backend.id_to_token(token_id) if self.backend is not None else None
+        return piece if piece is not None else self[token_id].decode("utf-8", "replace")
 
     def _compute(self, token_id: int) -> bytes:
         piece = self.backend.id_to_token(token_id) if self.backend is not None else None

@@ -56,12 +56,35 @@ class Message:
     reasoning: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """A function the model may call.
+
+    Attributes:
+        name: Letters, digits, "_", "-" and "."; not empty.
+        description: What it does, for the model.
+        parameters_json: JSON Schema of its arguments, an object, as JSON text; "" is no arguments.
+        strict: Refuse a schema that cannot be enforced in full, instead of enforcing what can be.
+    """
+
+    name: str
+    description: str = ""
+    parameters_json: str = ""
+    strict: bool = False
+
+    @property
+    def schema_json(self) -> str:
+        """The schema to hold arguments to, also where none was given."""
+        return self.parameters_json or '{"type":"object","properties":{},"additionalProperties":false}'
+
+
 class AnswerEnd(Enum):
     """Why an answer ended."""
 
     STOP = "stop"
     STOP_SEQUENCE = "stop_sequence"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +94,53 @@ class TextDelta:
     Attributes:
         text: Never empty.
         token_count: How many further generated tokens have their text out, wholly or in part, with
-            this delta. Tokens count in the order they were generated, so the deltas of an answer
-            partition a prefix of its tokens. A token that adds no text of its own (a special token,
-            the first bytes of a character) counts with the text that follows it.
+            this delta. Tokens count in the order they were generated, so the deltas of an answer,
+            of all kinds, partition a prefix of its tokens. A token that adds no text of its own (a
+            special token, the first bytes of a character, a mark around a call) counts with what
+            follows it.
     """
 
     text: str
+    token_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """More of the model's reasoning; the fields are as TextDelta's."""
+
+    text: str
+    token_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallStarted:
+    """The model calls a tool.
+
+    Attributes:
+        index: 0-based, in the order of the calls.
+        id: "call_" and 24 letters and digits.
+        name: One of the request's tools.
+        token_count: As TextDelta's.
+    """
+
+    index: int
+    id: str
+    name: str
+    token_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ToolArgumentsDelta:
+    """More of the JSON text of a call's arguments.
+
+    Attributes:
+        index: The call's, which has started.
+        arguments_json: Never empty.
+        token_count: As TextDelta's.
+    """
+
+    index: int
+    arguments_json: str
     token_count: int
 
 
@@ -93,4 +157,5 @@ class AnswerFinished:
     stop_sequence: str = ""
 
 
-AnswerEvent: TypeAlias = TextDelta | AnswerFinished
+AnswerDelta: TypeAlias = TextDelta | ReasoningDelta | ToolCallStarted | ToolArgumentsDelta
+AnswerEvent: TypeAlias = AnswerDelta | AnswerFinished

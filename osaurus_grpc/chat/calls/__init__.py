@@ -1,0 +1,1 @@
+"""How models write tool calls: call syntaxes, their grammars, and reading them out of a stream."""

@@ -1,0 +1,189 @@
+"""Values of arguments in syntaxes that do not write JSON, to JSON text and back."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from osaurus_grpc.chat.calls.json_text import read_value
+from osaurus_grpc.chat.calls.source import Reading, Source
+
+# Names of arguments whose values are strings that stand as they are.
+StringNames: TypeAlias = frozenset[str]
+
+# What may stand beside "type": "string" in a schema without making values that only JSON can write.
+_ANNOTATIONS = frozenset({"type", "title", "description", "default", "examples", "example", "enum", "const"})
+_BARE_KEY = re.compile(r"[^\s,:{}\[\]\"'<>]+")
+_WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
+_MAX_NESTING = 64
+
+
+def string_parameters(schema_json: str) -> StringNames:
+    """Properties of an object schema that are strings and nothing but strings.
+
+    A string with a pattern, a format or a length is not among them: in syntaxes that write strings as
+    they are, those are written as JSON, so that a grammar can hold them to their schema.
+    """
+    properties = json.loads(schema_json).get("properties")
+    if not isinstance(properties, Mapping):
+        return frozenset()
+    return frozenset(name for name, schema in properties.items() if is_plain_string(schema))
+
+
+def is_plain_string(schema: object) -> bool:
+    """Whether every value of a schema is a string and, but for a list of values, any string is one."""
+    if not isinstance(schema, Mapping) or schema.get("type") != "string" or not schema.keys() <= _ANNOTATIONS:
+        return False
+    listed = schema.get("enum", [])
+    return isinstance(listed, list) and all(isinstance(value, str) for value in listed)
+
+
+def compact(value: object) -> str:
+    """JSON text as chat templates write it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def value_json(text: str, *, is_string: bool) -> str:
+    """The JSON of an argument that stands between marks.
+
+    Args:
+        text: What stands there.
+        is_string: It is a plain string.
+    """
+    if is_string:
+        return compact(text)
+    stripped = text.strip()
+    if _is_json(stripped):
+        return stripped
+    try:
+        return compact(ast.literal_eval(stripped))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return compact(text)
+
+
+def _is_json(text: str) -> bool:
+    source = Source()
+    source.append(text)
+    source.is_final = True
+    try:
+        next(read_value(source))
+    except StopIteration as done:
+        return bool(done.value) and source.position == len(text)
+    return False
+
+
+def read_literal(source: Source, quote: str, levels: int = _MAX_NESTING) -> Reading[str | None]:
+    """Reads a value as a program would have it, JSON included, and returns it as JSON text.
+
+    Args:
+        source: Stands at the value.
+        quote: A mark around strings that stand as they are; "" if there is none.
+        levels: How deep it may be nested.
+
+    Returns:
+        None where it is no value.
+    """
+    yield from source.skip()
+    if not levels or not (yield from source.has_more()):
+        return None
+    if quote and (yield from source.takes(quote)):
+        found = yield from source.until([quote])
+        return None if found is None else compact(found[0])
+    first = source.text[source.position]
+    if first in "'\"":
+        return (yield from _quoted(source))
+    if first == "[":
+        return (yield from _list(source, quote, levels - 1))
+    if first == "{":
+        return (yield from _object(source, quote, levels - 1))
+    if first.isalpha():
+        return (yield from _word(source))
+    start = source.position
+    is_number = yield from read_value(source)
+    return source.text[start : source.position] if is_number else None
+
+
+def _quoted(source: Source) -> Reading[str | None]:
+    start = source.position
+    end = start + 1
+    while True:
+        while end >= len(source.text):
+            if source.is_final:
+                return None
+            yield
+        character = source.text[end]
+        end += 2 if character == "\\" else 1
+        if character == source.text[start]:
+            break
+    source.position = end
+    literal = source.text[start:end]
+    if literal[0] == '"' and _is_json(literal):
+        return literal
+    try:
+        return compact(ast.literal_eval(literal.replace("\n", "\\n")))
+    except (ValueError, SyntaxError):
+        return None
+
+
+def _word(source: Source) -> Reading[str | None]:
+    start = source.position
+    while (yield from source.has_more()) and source.text[source.position].isalpha():
+        source.position += 1
+    return _WORDS.get(source.text[start : source.position])
+
+
+def _list(source: Source, quote: str, levels: int) -> Reading[str | None]:
+    source.position += 1
+    items: list[str] = []
+    while True:
+        yield from source.skip()
+        if (yield from source.takes("]")):
+            return f"[{', '.join(items)}]"
+        item = yield from read_literal(source, quote, levels)
+        if item is None:
+            return None
+        items.append(item)
+        yield from source.skip()
+        if not (yield from source.takes(",")) and not _stands_at(source, "]"):
+            return None
+
+
+def _object(source: Source, quote: str, levels: int) -> Reading[str | None]:
+    source.position += 1
+    members: list[str] = []
+    while True:
+        yield from source.skip()
+        if (yield from source.takes("}")):
+            return f"{{{', '.join(members)}}}"
+        key = yield from _object_key(source, quote)
+        yield from source.skip()
+        if key is None or not (yield from source.takes(":")):
+            return None
+        value = yield from read_literal(source, quote, levels)
+        if value is None:
+            return None
+        members.append(f"{key}: {value}")
+        yield from source.skip()
+        if not (yield from source.takes(",")) and not _stands_at(source, "}"):
+            return None
+
+
+def _object_key(source: Source, quote: str) -> Reading[str | None]:
+    if not (yield from source.has_more()):
+        return None
+    if quote and (yield from source.takes(quote)):
+        found = yield from source.until([quote])
+        return None if found is None else compact(found[0])
+    if source.text[source.position] in "'\"":
+        return (yield from _quoted(source))
+    start = source.position
+    while (yield from source.has_more()) and _BARE_KEY.match(source.text[source.position]):
+        source.position += 1
+    return compact(source.text[start : source.position]) if source.position > start else None
+
+
+def _stands_at(source: Source, character: str) -> bool:
+    return source.text.startswith(character, source.position)
