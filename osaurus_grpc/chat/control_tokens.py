@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -28,6 +29,25 @@ if TYPE_CHECKING:  # transformers takes a second to import, and callers bring th
 # would escape a private-use character.
 _RARE = range(0x20000, 0x2A6D7)
 _NOTHING = re.compile("(?!)")
+
+
+class Spliced(str):
+    """A text of which some parts are the server's own, whose control tokens are meant.
+
+    Attributes:
+        parts: The text in pieces, each with whether it is the server's own.
+    """
+
+    __slots__ = ("parts",)
+    parts: tuple[tuple[str, bool], ...]
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[str, bool]]) -> Spliced:
+        """Joins the parts."""
+        pieces = tuple(parts)
+        text = cls("".join(text for text, _ in pieces))
+        text.parts = pieces
+        return text
 
 
 class Shield:
@@ -50,6 +70,8 @@ class Shield:
         """Returns the value with every special token's name in its strings and keys cut."""
         if not self._mark:
             return value
+        if isinstance(value, Spliced):
+            return "".join(text if is_own else str(self.cut(text)) for text, is_own in value.parts)
         if isinstance(value, str):
             return self._names.sub(rf"\g<0>{self._mark}", value)
         if isinstance(value, dict):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from osaurus_grpc.chat.gate import Reasoning
+
 if TYPE_CHECKING:  # transformers takes a second to import, and callers bring the object
     from transformers import PreTrainedTokenizerBase
 
@@ -85,3 +87,26 @@ def begins_open(tokenizer: PreTrainedTokenizerBase, marks: ThinkMarks | None, pr
     if not marks.open:
         return tail.endswith("Here are my reasoning steps:")
     return tail.endswith(marks.open)
+
+
+def reasoning_of(
+    tokenizer: PreTrainedTokenizerBase, marks: ThinkMarks | None, *, is_open: bool, max_tokens: int | None
+) -> Reasoning | None:
+    """How an answer reasons, for a gate; None where it cannot.
+
+    Args:
+        tokenizer: The model's.
+        marks: The model's reasoning marks.
+        is_open: The prompt opened the reasoning.
+        max_tokens: Tokens after which it is closed.
+    """
+    if marks is None:
+        return None
+    open_ids = tuple(tokenizer.encode(marks.open, add_special_tokens=False)) if marks.open else ()
+    special = set(tokenizer.added_tokens_decoder)
+    # A mark that is spelled out may also begin what a grammar wants: only a token of its own decides.
+    can_open = bool(open_ids) and open_ids[0] in special
+    close_ids = tuple(tokenizer.encode(marks.close, add_special_tokens=False))
+    if not is_open and not can_open:
+        return None
+    return Reasoning(open_ids if can_open else (), close_ids, marks.close.encode(), is_open, max_tokens)

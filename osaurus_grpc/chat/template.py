@@ -8,6 +8,8 @@ The template runs in transformers' sandbox. What this module decides beside it:
   API have it. Where the template cannot leave the message open, a new assistant turn begins.
 * A call's arguments reach the template as an object where they are one, since most templates
   expect that, and as the JSON text for templates that fail on objects.
+* What the template would lose of tools, calls and results goes into messages that it shows; see
+  replay.
 * Control tokens in messages are text; see control_tokens.
 * The beginning-of-sequence token is the template's to write; none is added.
 """
@@ -23,9 +25,12 @@ from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
 
+from osaurus_grpc.chat.abilities import abilities_of
 from osaurus_grpc.chat.control_tokens import Shield
-from osaurus_grpc.chat.turns import check_texts, is_deep, is_encodable, template_turns
-from osaurus_grpc.chat.types import JSON, Message, Role
+from osaurus_grpc.chat.replay import replayed
+from osaurus_grpc.chat.style import ChatStyle, style_of
+from osaurus_grpc.chat.turns import Numbers, check_texts, is_deep, is_encodable, template_turns
+from osaurus_grpc.chat.types import JSON, Message, Role, ToolSpec
 from osaurus_grpc.errors import CapabilityError, InvalidRequestError
 
 if TYPE_CHECKING:  # transformers takes a second to import, and callers bring the object
@@ -41,6 +46,7 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     *,
+    tools: Sequence[ToolSpec] = (),
     template_arguments: Mapping[str, JSON] | None = None,
     reasoning_effort: str = "",
     reasoning_enabled: bool | None = None,
@@ -57,6 +63,7 @@ def render(
     return apply_template(
         tokenizer,
         messages,
+        tools=tools,
         template_arguments=template_arguments,
         reasoning_effort=reasoning_effort,
         reasoning_enabled=reasoning_enabled,
@@ -93,6 +100,7 @@ def apply_template(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     *,
+    tools: Sequence[ToolSpec] = (),
     template_arguments: Mapping[str, JSON] | None = None,
     reasoning_effort: str = "",
     reasoning_enabled: bool | None = None,
@@ -104,6 +112,7 @@ def apply_template(
     Args:
         tokenizer: The model's tokenizer, with its chat template.
         messages: The conversation, at least one message.
+        tools: Functions that the model is told of.
         template_arguments: Further variables of the template. They win over those that the two
             reasoning arguments set.
         reasoning_effort: "low", "medium", "high" or another value that the template knows; "none"
@@ -118,7 +127,7 @@ def apply_template(
     """
     if not messages:
         raise InvalidRequestError("A conversation needs at least one message.", field="messages")
-    template = template_text(tokenizer)
+    template = template_text(tokenizer, with_tools=bool(tools))
     if not template:
         raise CapabilityError(
             "The model has no chat template, so it cannot chat; use it for completions.", capability="chat"
@@ -128,16 +137,35 @@ def apply_template(
         **_checked_arguments(tokenizer, template_arguments or {}),
     }
     check_texts(messages)
+    abilities = abilities_of(tokenizer, template)
+    has_tool_turns = any(message.tool_calls or message.role is Role.TOOL for message in messages)
+    if tools or has_tool_turns or not abilities.system:
+        syntax = style_of(tokenizer, template, is_native=abilities.tools).syntax
+        replay = replayed(messages, tools, abilities, syntax)
+        messages = replay.messages
+        if replay.tools:
+            variables["tools"] = replay.tools
     return _rendering(tokenizer, template, messages, variables)
 
 
-def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template that `render` uses: of several named ones "default", else the only one; "" if none."""
+def template_text(tokenizer: PreTrainedTokenizerBase, *, with_tools: bool = False) -> str:
+    """The template that `render` uses; "" if there is none.
+
+    Of several named ones it is "tool_use" where there are tools, else "default", else the only one.
+    """
     templates = tokenizer.chat_template
     if isinstance(templates, Mapping):
         named = {str(name): str(text) for name, text in templates.items()}
+        if with_tools and "tool_use" in named:
+            return named["tool_use"]
         return named.get("default", next(iter(named.values())) if len(named) == 1 else "")
     return str(templates or "")
+
+
+def chat_style(tokenizer: PreTrainedTokenizerBase, *, with_tools: bool) -> ChatStyle:
+    """How the model answers a conversation that `render` has rendered."""
+    template = template_text(tokenizer, with_tools=with_tools)
+    return style_of(tokenizer, template, is_native=abilities_of(tokenizer, template).tools)
 
 
 def is_continuation(messages: Sequence[Message]) -> bool:
@@ -157,7 +185,8 @@ def _rendering(
     apply_chat_template = cast("Callable[..., str]", tokenizer.apply_chat_template)
     failure = ""
     for as_objects, continues in _forms(messages):
-        turns = template_turns(messages, template, as_objects=as_objects)
+        numbers = Numbers()
+        turns = template_turns(messages, template, as_objects=as_objects, numbers=numbers)
         shield = Shield(tokenizer, list(_strings([turns, variables])))
         try:
             rendered = apply_chat_template(
@@ -173,7 +202,7 @@ def _rendering(
                 raise _refusal(str(error)) from None
             failure = type(error).__name__
         else:
-            return Rendering(rendered, shield)
+            return Rendering(numbers.restore(rendered), shield)
     _log.warning("chat_template_failed error=%s", failure)
     raise CapabilityError("The model's chat template fails on this conversation.", capability="chat")
 

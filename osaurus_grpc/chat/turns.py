@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
@@ -13,6 +12,8 @@ from osaurus_grpc.chat.types import JSON, Message, Role, ToolCall
 from osaurus_grpc.errors import InvalidRequestError
 
 _MAX_NESTING = 64
+# Far from anything that conversations hold.
+_FIRST_STAND_IN = 7_310_992_644_018_523_001
 # Mistral's templates refuse call ids of another form than their own servers make.
 _SHORT_CALL_IDS = re.compile(r"length\s*!=\s*9")
 
@@ -37,8 +38,44 @@ def check_texts(messages: Sequence[Message]) -> None:
                 raise InvalidRequestError("The text holds an unpaired surrogate.", field=f"{path}.{field}")
 
 
-def template_turns(messages: Sequence[Message], template: str, *, as_objects: bool) -> list[JSON]:
-    """The messages as templates expect them: dicts in the form of OpenAI's API."""
+class Numbers:
+    """Keeps the form of numbers that Python would write otherwise, such as 1.50 and 1e5.
+
+    Such a number goes through the template as an integer that stands for it, and what the template
+    wrote is given the number's own form again.
+    """
+
+    def __init__(self) -> None:
+        self._forms: dict[str, str] = {}
+
+    def parse(self, literal: str) -> float:
+        """A number that is no integer, from its JSON text."""
+        number = float(literal)
+        if repr(number) == literal:
+            return number
+        stand_in = _FIRST_STAND_IN + len(self._forms)
+        self._forms[str(stand_in)] = literal
+        return stand_in
+
+    def restore(self, rendered: str) -> str:
+        """What a template wrote, with the numbers in their own form."""
+        for stand_in, literal in self._forms.items():
+            rendered = rendered.replace(stand_in, literal)
+        return rendered
+
+
+def template_turns(
+    messages: Sequence[Message], template: str, *, as_objects: bool, numbers: Numbers | None = None
+) -> list[JSON]:
+    """The messages as templates expect them: dicts in the form of OpenAI's API.
+
+    Args:
+        messages: The conversation.
+        template: The text of the template.
+        as_objects: Whether arguments of calls are objects, where they can be, or JSON text.
+        numbers: Keeps the form of numbers in objects.
+    """
+    numbers = numbers or Numbers()
     developer = Role.DEVELOPER if "developer" in template else Role.SYSTEM
     shortens_ids = bool(_SHORT_CALL_IDS.search(template))
     called = {call.id: call.name for message in messages for call in message.tool_calls}
@@ -48,7 +85,8 @@ def template_turns(messages: Sequence[Message], template: str, *, as_objects: bo
         turn = _turn(message, role, called.get(message.tool_call_id, ""), shortens_ids=shortens_ids)
         if message.tool_calls:
             turn["tool_calls"] = [
-                _call(call, as_objects=as_objects, shortens_ids=shortens_ids) for call in message.tool_calls
+                _call(call, numbers if as_objects else None, shortens_ids=shortens_ids)
+                for call in message.tool_calls
             ]
         turns.append(turn)
     return turns
@@ -68,8 +106,10 @@ def _turn(message: Message, role: Role, called_name: str, *, shortens_ids: bool)
     return turn
 
 
-def _call(call: ToolCall, *, as_objects: bool, shortens_ids: bool) -> dict[str, JSON]:
-    arguments = _call_arguments(call.arguments_json) if as_objects else call.arguments_json
+def _call(call: ToolCall, numbers: Numbers | None, *, shortens_ids: bool) -> dict[str, JSON]:
+    arguments: JSON = call.arguments_json.strip() or "{}"
+    if numbers is not None:
+        arguments = _call_arguments(call.arguments_json, numbers)
     return {
         "id": _call_id(call.id, shortens_ids),
         "type": "function",
@@ -83,12 +123,12 @@ def _call_id(call_id: str, shortens: bool) -> str:
     return hashlib.sha256(call_id.encode()).hexdigest()[:9]
 
 
-def _call_arguments(arguments_json: str) -> JSON:
+def _call_arguments(arguments_json: str, numbers: Numbers) -> JSON:
     """The arguments as an object, or the text as it is where it is none that JSON can hold."""
     if not arguments_json.strip():
         return {}
     try:
-        arguments = json.loads(arguments_json, parse_constant=_refuse, parse_float=_finite)
+        arguments = json.loads(arguments_json, parse_constant=_refuse, parse_float=numbers.parse)
         is_sound = (
             isinstance(arguments, dict)
             and not is_deep(arguments)
@@ -101,13 +141,6 @@ def _call_arguments(arguments_json: str) -> JSON:
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(constant)
-
-
-def _finite(literal: str) -> float:
-    number = float(literal)
-    if math.isinf(number):
-        raise ValueError(literal)
-    return number
 
 
 def is_encodable(text: str) -> bool:

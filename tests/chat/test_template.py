@@ -217,7 +217,7 @@ def test_calls_are_replayed_as_text_where_objects_fail(tokenizer: PreTrainedToke
 
 @pytest.mark.parametrize(
     "text",
-    ['{"a": 1', "[1]", "NaN", '{"a": NaN}', '{"a": 1e999}', '{"a": ' + "9" * 5000 + "}", '{"a": "\\ud800"}'],
+    ['{"a": 1', "[1]", "NaN", '{"a": NaN}', '{"a": ' + "9" * 5000 + "}", '{"a": "\\ud800"}'],
 )
 def test_arguments_that_are_no_sound_object_stay_text(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     template = "{{ messages[1].tool_calls[0].function.arguments is string }}"
