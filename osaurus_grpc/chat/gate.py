@@ -62,9 +62,10 @@ class ReasoningGate:
     Args:
         reasoning: How the answer reasons.
         inner: What holds behind it; None lets anything through.
-        end_ids: Tokens that end an answer; with a constraint to come it may not end before.
+        end_ids: Tokens that end an answer.
         vocab_size: Width of the logits.
         token_bytes: Gives a token's bytes.
+        may_end: The answer may end before the constraint begins.
     """
 
     def __init__(
@@ -75,12 +76,14 @@ class ReasoningGate:
         end_ids: Sequence[int],
         vocab_size: int,
         token_bytes: Callable[[int], bytes],
+        may_end: bool = False,
     ) -> None:
         self._reasoning = reasoning
         self._inner = inner
         self._end_ids = tuple(end_ids)
         self._vocab_size = vocab_size
         self._token_bytes = token_bytes
+        self._may_end = may_end
         self._is_over = not reasoning.is_open and not reasoning.open_ids
         self._is_open = reasoning.is_open
         self._opened = 0  # tokens of the opening mark that are there
@@ -116,7 +119,7 @@ class ReasoningGate:
         limit = self._reasoning.max_tokens
         if self._forced or (limit is not None and self._count >= limit):
             return self._only(self._reasoning.close_ids[self._forced])
-        if self._inner is None:
+        if self._inner is None or self._may_end:
             return None
         mask = np.full(self._words, 0xFFFFFFFF, np.uint32)
         for token_id in self._end_ids:
@@ -132,6 +135,7 @@ class ReasoningGate:
             end_ids=self._end_ids,
             vocab_size=self._vocab_size,
             token_bytes=self._token_bytes,
+            may_end=self._may_end,
         )
 
     @property

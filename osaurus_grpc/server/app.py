@@ -20,6 +20,7 @@ from typing import Final
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from osaurus_grpc.chat.grammar import Grammars
 from osaurus_grpc.engine.engine import Engine
 from osaurus_grpc.engine.prefix_disk import PrefixDisk
 from osaurus_grpc.engine.prefix_files import PrefixDirectoryError, PrefixFiles
@@ -137,6 +138,7 @@ class Core:
         self._settings = settings
         self.telemetry = Telemetry()
         self.calls = CallsInProgress()
+        self.grammars = Grammars()
         self.engine = Engine(
             max_batch_size=settings.max_batch_size,
             max_waiting_requests=settings.max_waiting_requests,
@@ -177,6 +179,7 @@ class Core:
             engine=self.engine,
             admission=admission,
             sessions=Sessions(max_sessions=settings.max_sessions, idle_seconds=settings.session_idle_seconds),
+            grammars=self.grammars,
             telemetry=self.telemetry,
             max_output_tokens=settings.max_output_tokens,
         )
@@ -284,6 +287,7 @@ class Core:
         await self._server.stop(_GOODBYE_SECONDS)
         with contextlib.suppress(EngineError):  # nothing can be freed on a dead MLX thread
             await self.residency.close()
+        self.grammars.close()
         await self.engine.stop()
         self._end_metrics()
 

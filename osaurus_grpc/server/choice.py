@@ -8,8 +8,17 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, assert_never
 
 from osaurus_grpc.chat.assembler import Assembler
+from osaurus_grpc.chat.calls.answer import AnswerReader
 from osaurus_grpc.chat.detokenize import token_bytes
-from osaurus_grpc.chat.types import AnswerEnd, AnswerEvent, AnswerFinished, TextDelta
+from osaurus_grpc.chat.types import (
+    AnswerEnd,
+    AnswerEvent,
+    AnswerFinished,
+    ReasoningDelta,
+    TextDelta,
+    ToolArgumentsDelta,
+    ToolCallStarted,
+)
 from osaurus_grpc.engine.types import GenerationFinished, PrefillStarted, StopCause, Token
 from osaurus_grpc.server.convert import logprobs_to_proto
 from osaurus_grpc.v1 import chat_pb2, sampling_pb2
@@ -28,12 +37,15 @@ class Choice:
         wants_logprobs: Attach log-probabilities to the deltas.
         wants_token_ids: Report the tokens at the end.
         context: The prompt's last token ids where the answer continues the last message; see Assembler.
+        shown: Special tokens that the reader has to see.
+        reader: Finds reasoning and calls in the answer.
         end_tokens: Token ids that end the answer beside the model's own, which the engine knows.
         length_reason: Why an answer that used up its tokens ended: LENGTH or CONTEXT_LENGTH.
 
     Attributes:
         is_finished: The answer ended and its choice_finished event was made.
         token_ids: Tokens of the answer so far.
+        reasoning_tokens: Those of them that are reasoning.
         cached_tokens: Prompt tokens whose KV cache was reused.
         queue_seconds: What it waited for a place in the batch.
         prompt_seconds: From its admission to its first token.
@@ -49,11 +61,13 @@ class Choice:
         wants_logprobs: bool,
         wants_token_ids: bool,
         context: Sequence[int],
+        shown: frozenset[int] = frozenset(),
+        reader: AnswerReader | None = None,
         end_tokens: frozenset[int],
         length_reason: sampling_pb2.FinishReason.ValueType,
     ) -> None:
         self._index = index
-        self._assembler = Assembler(tokenizer, stop=stop, context=context)
+        self._assembler = Assembler(tokenizer, stop=stop, context=context, shown=shown, reader=reader)
         self._has_stops = bool(stop)
         self._length_reason = length_reason
         self._end_tokens = end_tokens
@@ -65,6 +79,7 @@ class Choice:
         self._first_token = 0.0
         self.is_finished = False
         self.token_ids: list[int] = []
+        self.reasoning_tokens = 0
         self.cached_tokens = 0
         self.queue_seconds = 0.0
         self.prompt_seconds = 0.0
@@ -82,7 +97,7 @@ class Choice:
         self.cached_tokens = event.cached_tokens
 
     def feed(self, tokens: Sequence[Token]) -> list[chat_pb2.ChatStreamResponse]:
-        """New tokens: at most one delta, and the end where a stop text or an end token appeared."""
+        """New tokens: their deltas, and the end where a stop text or an end token appeared."""
         now = time.perf_counter()
         if not self.completion_tokens:
             self._first_token = now
@@ -130,19 +145,24 @@ class Choice:
         return self._events(self._assembler.finish(end))
 
     def _events(self, answer: Sequence[AnswerEvent]) -> list[chat_pb2.ChatStreamResponse]:
+        events: list[chat_pb2.ChatStreamResponse] = []
         text = ""
         count = 0
         end: AnswerFinished | None = None
         for event in answer:
-            match event:
-                case TextDelta():
-                    text += event.text
-                    count += event.token_count
-                case AnswerFinished():
-                    end = event
-                case _:
-                    assert_never(event)
-        events = [self._delta(text, count)] if text else []
+            if isinstance(event, TextDelta):
+                text += event.text
+                count += event.token_count
+                continue
+            if text:
+                events.append(self._delta(text, count))
+                text, count = "", 0
+            if isinstance(event, AnswerFinished):
+                end = event
+            else:
+                events.append(self._other_delta(event))
+        if text:
+            events.append(self._delta(text, count))
         if end is None:
             return events
         # Tokens cut off by a stop text stay unsent; any others had no text of their own.
@@ -157,6 +177,30 @@ class Choice:
         )
         events.append(chat_pb2.ChatStreamResponse(choice_finished=finished))
         return events
+
+    def _other_delta(
+        self, event: ReasoningDelta | ToolCallStarted | ToolArgumentsDelta
+    ) -> chat_pb2.ChatStreamResponse:
+        # Log-probabilities are those of the content.
+        for _ in range(min(event.token_count, len(self._pending))):
+            self._pending.popleft()
+        index = self._index
+        match event:
+            case ReasoningDelta(text, count):
+                self.reasoning_tokens += count
+                reasoning = chat_pb2.ReasoningDelta(choice_index=index, text=text, token_count=count)
+                return chat_pb2.ChatStreamResponse(reasoning=reasoning)
+            case ToolCallStarted(call, call_id, name, count):
+                delta = chat_pb2.ToolCallDelta(
+                    choice_index=index, call_index=call, id=call_id, name=name, token_count=count
+                )
+            case ToolArgumentsDelta(call, arguments, count):
+                delta = chat_pb2.ToolCallDelta(
+                    choice_index=index, call_index=call, arguments_json=arguments, token_count=count
+                )
+            case _ as unreachable:
+                assert_never(unreachable)
+        return chat_pb2.ChatStreamResponse(tool_call=delta)
 
     def _delta(self, text: str, count: int) -> chat_pb2.ChatStreamResponse:
         delta = chat_pb2.ContentDelta(choice_index=self._index, text=text, token_count=count)
@@ -176,3 +220,5 @@ class Choice:
                 return sampling_pb2.FINISH_REASON_STOP_SEQUENCE
             case AnswerEnd.LENGTH:
                 return self._length_reason
+            case AnswerEnd.TOOL_CALLS:
+                return sampling_pb2.FINISH_REASON_TOOL_CALLS

@@ -11,7 +11,7 @@ from osaurus_grpc.chat import raw
 from osaurus_grpc.chat.template import Rendering, apply_template, is_continuation
 from osaurus_grpc.chat.transcript import Transcript, encode_after
 from osaurus_grpc.models.residency import LoadedModel
-from osaurus_grpc.server.convert import message_from_proto, template_arguments
+from osaurus_grpc.server.convert import message_from_proto, template_arguments, visible_tools
 from osaurus_grpc.server.fold import ChatFold
 from osaurus_grpc.server.prompts import Prompt
 from osaurus_grpc.server.sessions import History
@@ -64,6 +64,7 @@ class Conversation:
         rendering = apply_template(
             model.tokenizer,
             self._messages,
+            tools=visible_tools(request),
             template_arguments=template_arguments(request),
             reasoning_effort=request.reasoning_effort,
             reasoning_enabled=request.reasoning_enabled if request.HasField("reasoning_enabled") else None,

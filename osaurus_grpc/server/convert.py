@@ -12,7 +12,7 @@ from typing import Final
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from osaurus_grpc.chat.types import JSON, Message, Role, ToolCall
+from osaurus_grpc.chat.types import JSON, Message, Role, ToolCall, ToolSpec
 from osaurus_grpc.engine.types import SamplingParams, Token, TokenLogprob
 from osaurus_grpc.models.catalog import Capability, ModelEntry
 from osaurus_grpc.models.residency import Residence, ResidenceState
@@ -62,6 +62,21 @@ def message_from_proto(message: chat_pb2.Message) -> Message:
         tool_call_id=message.tool_call_id,
         reasoning=message.reasoning,
     )
+
+
+def visible_tools(request: chat_pb2.ChatRequest) -> list[ToolSpec]:
+    """The tools that a validated request shows to the model."""
+    if request.tool_choice.mode == chat_pb2.TOOL_CHOICE_MODE_NONE:
+        return []
+    return [
+        ToolSpec(
+            name=tool.function.name,
+            description=tool.function.description,
+            parameters_json=tool.function.parameters_json,
+            strict=tool.function.strict,
+        )
+        for tool in request.tools
+    ]
 
 
 def template_arguments(request: chat_pb2.ChatRequest) -> dict[str, JSON]:

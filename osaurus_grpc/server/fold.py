@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from osaurus_grpc.v1 import chat_pb2, completion_pb2, sampling_pb2
+
+
+@dataclass(slots=True)
+class _Call:
+    id: str
+    name: str
+    arguments: list[str] = field(default_factory=list)
 
 
 class ChatFold:
@@ -16,6 +25,8 @@ class ChatFold:
         self._wants_logprobs = wants_logprobs
         self._response = chat_pb2.ChatResponse()
         self._texts: dict[int, list[str]] = {}
+        self._reasoning: dict[int, list[str]] = {}
+        self._calls: dict[int, dict[int, _Call]] = {}
         self._logprobs: dict[int, list[sampling_pb2.ChosenTokenLogprob]] = {}
         self._finished: dict[int, chat_pb2.ChoiceFinished] = {}
 
@@ -37,8 +48,17 @@ class ChatFold:
             case "completed":
                 self._response.usage.CopyFrom(event.completed.usage)
                 self._response.timings.CopyFrom(event.completed.timings)
-            case "prompt_progress" | "reasoning" | "tool_call" | None:
+            case "reasoning":
+                self._reasoning.setdefault(event.reasoning.choice_index, []).append(event.reasoning.text)
+            case "tool_call":
+                self._fold_call(event.tool_call)
+            case "prompt_progress" | None:
                 pass
+
+    def _fold_call(self, delta: chat_pb2.ToolCallDelta) -> None:
+        calls = self._calls.setdefault(delta.choice_index, {})
+        call = calls.setdefault(delta.call_index, _Call(delta.id, delta.name))
+        call.arguments.append(delta.arguments_json)
 
     def response(self) -> chat_pb2.ChatResponse:
         """The answer, once the stream has ended; choices in the order of their index."""
@@ -50,7 +70,14 @@ class ChatFold:
                 token_ids=finished.token_ids,
             )
             choice.message.role = chat_pb2.ROLE_ASSISTANT
-            choice.message.content.add(text="".join(self._texts.get(index, ())))
+            text = "".join(self._texts.get(index, ()))
+            calls = self._calls.get(index, {})
+            if text or not calls:
+                choice.message.content.add(text=text)
+            choice.message.reasoning = "".join(self._reasoning.get(index, ()))
+            for _, call in sorted(calls.items()):
+                function = chat_pb2.FunctionCall(name=call.name, arguments_json="".join(call.arguments))
+                choice.message.tool_calls.add(id=call.id, function=function)
             if self._wants_logprobs:
                 choice.logprobs.SetInParent()
                 choice.logprobs.tokens.extend(self._logprobs.get(index, ()))

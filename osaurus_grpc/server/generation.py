@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
+from osaurus_grpc.chat.grammar import Grammars
 from osaurus_grpc.engine.engine import Engine
 from osaurus_grpc.models.catalog import ModelEntry
 from osaurus_grpc.models.residency import LoadedModel, Residency
 from osaurus_grpc.server import calls
 from osaurus_grpc.server.admission import Admission
+from osaurus_grpc.server.answering import Answering, answering
 from osaurus_grpc.server.conversation import Conversation
 from osaurus_grpc.server.convert import completion_event, seconds_from_duration
 from osaurus_grpc.server.listing import Listing
@@ -49,6 +51,7 @@ class Generation:
         engine: Generates.
         admission: Says which requests a model takes.
         sessions: Conversations that are remembered.
+        grammars: Compiles what answers have to follow.
         telemetry: Where tokens and times are counted.
         max_output_tokens: The server's cap of an answer's length; 0 is none.
     """
@@ -61,6 +64,7 @@ class Generation:
         engine: Engine,
         admission: Admission,
         sessions: Sessions,
+        grammars: Grammars,
         telemetry: Telemetry,
         max_output_tokens: int,
     ) -> None:
@@ -69,6 +73,7 @@ class Generation:
         self._engine = engine
         self._admission = admission
         self._sessions = sessions
+        self._grammars = grammars
         self._telemetry = telemetry
         self._max_output_tokens = max_output_tokens
 
@@ -148,11 +153,15 @@ class Generation:
                 require_valid(model_violations(request, model.vocab_size))
                 prompt = await make_prompt(model)
                 call.prompt_tokens = len(prompt.token_ids)
+                how = Answering()
+                if isinstance(request, chat_pb2.ChatRequest):
+                    how = await answering(request, model, prompt, self._grammars)
                 run = Run(
                     call,
                     request,
                     model,
                     prompt,
+                    answering=how,
                     budget=output_budget(
                         request,
                         prompt_tokens=call.prompt_tokens,

@@ -24,6 +24,7 @@ from osaurus_grpc.engine.types import (
 )
 from osaurus_grpc.errors import ContextLengthError
 from osaurus_grpc.models.residency import LoadedModel
+from osaurus_grpc.server.answering import Answering
 from osaurus_grpc.server.calls import Call
 from osaurus_grpc.server.choice import Choice
 from osaurus_grpc.server.convert import DEFAULT_MAX_TOKENS, measured_duration, sampling_from_proto
@@ -100,6 +101,7 @@ class Run:
         request: What was asked, validated; only what chat and completion share is read.
         model: Leased for as long as this runs.
         prompt: What the answers continue.
+        answering: How they are held to form and read.
         budget: How long they may be.
         load_seconds: What the request waited for its model to load; 0.0 where it was loaded.
         wants_progress: Report how far the prompt is processed.
@@ -115,6 +117,7 @@ class Run:
         model: LoadedModel,
         prompt: Prompt,
         *,
+        answering: Answering,
         budget: OutputBudget,
         load_seconds: float,
         wants_progress: bool,
@@ -124,6 +127,7 @@ class Run:
         self._model = model
         self._prompt = prompt
         self._budget = budget
+        self._constraint = answering.constraint
         self._load_seconds = load_seconds
         self._wants_progress = wants_progress
         self._wants_token_ids = request.include_token_ids
@@ -141,6 +145,8 @@ class Run:
                 wants_logprobs=self._top_logprobs is not None,
                 wants_token_ids=self._wants_token_ids,
                 context=prompt.token_ids[-_CONTINUED_TOKENS:] if prompt.is_continued else (),
+                shown=answering.shown,
+                reader=answering.make_reader(),
                 end_tokens=frozenset() if sampling.ignore_eos else prompt.end_tokens,
                 length_reason=budget.reason,
             )
@@ -157,6 +163,7 @@ class Run:
                 sampling=self._choice_sampling(index),
                 top_logprobs=self._top_logprobs,
                 ignore_eos=self._ignore_eos,
+                constraint=None if self._constraint is None else self._constraint.fork(),
             )
             for index in range(len(self.choices))
         ]
@@ -243,6 +250,7 @@ class Run:
         usage = usage_pb2.Usage(
             prompt_tokens=len(self._prompt.token_ids),
             completion_tokens=sum(choice.completion_tokens for choice in choices),
+            reasoning_tokens=sum(choice.reasoning_tokens for choice in choices),
             cached_prompt_tokens=min(choice.cached_tokens for choice in choices),
         )
         return chat_pb2.ChatStreamResponse(completed=chat_pb2.ChatCompleted(usage=usage, timings=timings))

@@ -295,7 +295,7 @@ def require_supported(request: chat_pb2.ChatRequest) -> None:
     """Refuse what this release cannot honour and would have to ignore.
 
     Raises:
-        CapabilityError: Images, tools (unless they are hidden from the model), response formats.
+        CapabilityError: Images, response formats.
     """
     for i, message in enumerate(request.messages):
         for j, part in enumerate(message.content):
@@ -305,8 +305,6 @@ def require_supported(request: chat_pb2.ChatRequest) -> None:
                     capability="vision",
                     field=f"messages[{i}].content[{j}].image",
                 )
-    if request.tools and request.tool_choice.mode != chat_pb2.TOOL_CHOICE_MODE_NONE:
-        raise CapabilityError("Tools are not supported in this release.", capability="tools", field="tools")
     _require_free_form(request)
 
 
