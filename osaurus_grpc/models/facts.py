@@ -30,9 +30,9 @@ _NESTED_CONFIGS = ("text_config", "llm_config", "language_config")
 _EMBEDDING_ARCHITECTURES = re.compile(
     r".*bert.*|mpnet|xlm-roberta.*|roberta|electra|deberta.*|gte|new|model2vec|e5.*", re.IGNORECASE
 )
-_TOOLS_WORD = re.compile(r"\btools\b")
 _THINK_MARKS = ("<think>", "</think>", "<longcat_think>", "<seed:think>", "[THINK]", "<|START_THINKING|>",
-                "<|think:start|>", "<|channel|>", "<|channel>")  # fmt: skip
+                "<|think:start|>", "<|channel|>", "<|channel>", "<|inner_prefix|>", "<think:opensource>",
+                "<mm:think>", "[BEGIN FINAL RESPONSE]")  # fmt: skip
 
 
 class Capability(Enum):
@@ -120,8 +120,8 @@ def capabilities(config: Mapping[str, object], template: str) -> frozenset[Capab
     found = {Capability.COMPLETION}
     if template:
         found.add(Capability.CHAT)
-        if _TOOLS_WORD.search(template):
-            found.add(Capability.TOOLS)
+        # A template that knows of no tools gets them in the system message.
+        found.add(Capability.TOOLS)
         if any(mark in template for mark in _THINK_MARKS):
             found.add(Capability.REASONING)
     return frozenset(found)

@@ -212,8 +212,12 @@ def _tool_violations(request: chat_pb2.ChatRequest) -> Iterator[FieldViolation]:
     if len(request.tools) > MAX_TOOLS:
         yield _violation("tools", f"must have at most {MAX_TOOLS} entries.")
         return
+    seen: set[str] = set()
     for i, tool in enumerate(request.tools):
         path = f"tools[{i}].function"
+        if tool.function.name in seen:
+            yield _violation(f"{path}.name", "is that of another tool.")
+        seen.add(tool.function.name)
         if not _TOOL_NAME.fullmatch(tool.function.name):
             yield _violation(f"{path}.name", 'must have 1 to 64 characters of A-Z, a-z, 0-9, "_", "-", ".".')
         if tool.function.parameters_json and not _is_json_object(tool.function.parameters_json):
@@ -230,6 +234,22 @@ def _tool_violations(request: chat_pb2.ChatRequest) -> Iterator[FieldViolation]:
         and choice.function_name not in names
     ):
         yield _violation("tool_choice.function_name", "is not among the tools.")
+
+
+def _result_violations(request: chat_pb2.ChatRequest) -> Iterator[FieldViolation]:
+    """Results that name a call which nobody made.
+
+    Only a conversation that is here in full can be checked. A result without an id is matched by its
+    tool's name and its place, since Ollama's clients know no ids.
+    """
+    has_calls = any(message.role == chat_pb2.ROLE_ASSISTANT for message in request.messages)
+    if (request.session_id or request.context_token_ids) and not has_calls:
+        return
+    made: set[str] = set()
+    for i, message in enumerate(request.messages):
+        made.update(call.id for call in message.tool_calls)
+        if message.role == chat_pb2.ROLE_TOOL and message.tool_call_id and message.tool_call_id not in made:
+            yield _violation(f"messages[{i}].tool_call_id", "answers no call of an earlier message.")
 
 
 def _template_violations(request: chat_pb2.ChatRequest) -> Iterator[FieldViolation]:
@@ -254,6 +274,7 @@ def chat_violations(request: chat_pb2.ChatRequest) -> list[FieldViolation]:
             found.extend(_message_violations(f"messages[{i}]", message))
     found.extend(sampling_violations(request.sampling))
     found.extend(_tool_violations(request))
+    found.extend(_result_violations(request))
     found.extend(_template_violations(request))
     found.extend(_text_violations("session_id", request.session_id, MAX_NAME_CHARACTERS))
     if request.session_id and request.context_token_ids:

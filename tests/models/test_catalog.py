@@ -156,7 +156,7 @@ def test_facts_of_a_plain_model(models_dir: Path) -> None:
     assert (entry.architecture, entry.quantization, entry.parameter_count) == ("llama", "f32", 4 * 8 + 8)
     assert (entry.context_length, entry.embedding_length) == (64, 8)
     assert entry.size_bytes == sum(file.stat().st_size for file in folder.iterdir())
-    assert entry.capabilities == {Capability.CHAT, Capability.COMPLETION}
+    assert entry.capabilities == {Capability.CHAT, Capability.COMPLETION, Capability.TOOLS}
     newest = max(file.stat().st_mtime for file in folder.iterdir())
     assert abs(entry.modify_time - datetime.fromtimestamp(newest, UTC)).total_seconds() < 1
 

@@ -51,6 +51,14 @@ def require_reason(error: RichError, code: grpc.StatusCode, reason: str) -> None
     assert f"ERROR_REASON_{reason}" in error_reason_pb2.ErrorReason.keys()  # noqa: SIM118 - not a dict
 
 
+def _answered_call(request: chat_pb2.ChatRequest, call_id: str) -> None:
+    call = chat_pb2.ToolCall(id="call_1", function=chat_pb2.FunctionCall(name="clock"))
+    request.messages.add(role=chat_pb2.ROLE_ASSISTANT, tool_calls=[call])
+    request.messages.add(
+        role=chat_pb2.ROLE_TOOL, tool_call_id=call_id, content=[chat_pb2.ContentPart(text="noon")]
+    )
+
+
 def _tool(request: chat_pb2.ChatRequest, name: str = "clock", parameters: str = "") -> None:
     request.tools.add(function=chat_pb2.FunctionTool(name=name, parameters_json=parameters))
 
@@ -105,6 +113,8 @@ BAD_FIELDS: list[tuple[str, Change]] = [
     ("reasoning_effort", lambda r: setattr(r, "reasoning_effort", "x" * 257)),
     ("tools[0].function.name", lambda r: _tool(r, name="no spaces")),
     ("tools[0].function.parameters_json", lambda r: _tool(r, parameters="{")),
+    ("tools[1].function.name", lambda r: (_tool(r), _tool(r))),
+    ("messages[2].tool_call_id", lambda r: _answered_call(r, "call_2")),
     ("tool_choice", lambda r: setattr(r.tool_choice, "mode", chat_pb2.TOOL_CHOICE_MODE_REQUIRED)),
     ("tool_choice.mode", lambda r: setattr(r.tool_choice, "mode", 77)),
 ]  # fmt: skip
@@ -133,7 +143,6 @@ async def test_all_bad_fields_are_named_together(inference: Any) -> None:
 UNSUPPORTED: list[tuple[str, str, Change]] = [
     ("vision", "messages[0].content[1].image", lambda r: r.messages[0].content.add(
         image=chat_pb2.ImageContent(data=b"x", mime_type="image/png"))),
-    ("tools", "tools", _tool),
     ("structured_output", "response_format",
         lambda r: r.response_format.json_object.CopyFrom(chat_pb2.JsonObjectFormat())),
     ("structured_output", "response_format", lambda r: setattr(r.response_format, "regex", "a+")),
