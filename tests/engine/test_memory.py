@@ -261,9 +261,9 @@ def watch_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     largest = 0
     step = Batch.step
 
-    def watched(self: Batch, prefill_tokens: int) -> Any:
+    def watched(self: Batch, *arguments: Any) -> Any:
         nonlocal largest
-        events = step(self, prefill_tokens)
+        events = step(self, *arguments)
         kept = self._prompt_cache
         largest = max(largest, self.nbytes + (kept.nbytes if kept is not None else 0))
         return events
