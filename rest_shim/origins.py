@@ -18,7 +18,7 @@ from rest_shim.settings import ANY_ORIGIN, Settings, is_loopback
 
 _METHODS = ("GET", "POST", "OPTIONS")
 _HEADERS = ("Content-Type", "Authorization")
-_EXPOSED_HEADERS = "x-request-id, Retry-After"
+_EXPOSED_HEADERS = "x-request-id, request-id, Retry-After"
 _PREFLIGHT_SECONDS = "600"
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~\-]{1,128}", re.ASCII)

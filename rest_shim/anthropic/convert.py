@@ -11,7 +11,8 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import assert_never
 
 from osaurus_grpc.v1 import chat_pb2, sampling_pb2
@@ -135,113 +136,101 @@ def _conversation(body: schema.CountBody) -> list[chat_pb2.Message]:
         text = _PARAGRAPH.join(block.text for block in body.system if block.text)
         turns.append(_said(chat_pb2.ROLE_SYSTEM, text))
     names: dict[str, str] = {}
-    for index, message in enumerate(body.messages):
-        path = f"messages[{index}].content"
-        match message.role:
+    for role, messages in groupby(enumerate(body.messages), key=lambda entry: entry[1].role):
+        match role:
             case "assistant":
-                _add(turns, _assistant_turn(message.content, path, names))
+                turns.append(_assistant_turn(_placed(messages), names))
             case "system":
-                _add(turns, _system_turn(message.content, path))
+                turns.extend(_system_turn(message.content, index) for index, message in messages)
             case "user":
-                for turn in _user_turns(message.content, path, names):
-                    _add(turns, turn)
+                turns.extend(_user_turns(_placed(messages), names))
             case _:
-                assert_never(message.role)
+                assert_never(role)
     return turns
+
+
+def _placed(
+    messages: Iterable[tuple[int, schema.Message]],
+) -> Iterator[tuple[str, schema.MessageBlock]]:
+    """All blocks of messages, each with its JSON path."""
+    for index, message in messages:
+        path = f"messages[{index}].content"
+        is_user = message.role == "user"
+        if is_user and all(
+            isinstance(block, schema.TextBlock) and not block.text for block in message.content
+        ):
+            raise Refusal(400, f"'{path}' must not be empty.", param=path)
+        for place, block in enumerate(message.content):
+            yield f"{path}[{place}]", block
 
 
 def _said(role: chat_pb2.Role.ValueType, text: str) -> chat_pb2.Message:
     return chat_pb2.Message(role=role, content=[chat_pb2.ContentPart(text=text)])
 
 
-def _add(turns: list[chat_pb2.Message], turn: chat_pb2.Message) -> None:
-    """Append a turn, or add it to the one before where the same side speaks on."""
-    before = turns[-1] if turns else None
-    if before is None or before.role != turn.role:
-        turns.append(turn)
-    elif turn.role == chat_pb2.ROLE_USER:
-        for part in turn.content:
-            _add_part(before, part, _PARAGRAPH)
-    elif turn.role == chat_pb2.ROLE_ASSISTANT and not before.tool_calls:
-        for part in turn.content:
-            _add_part(before, part, "")
-        before.tool_calls.extend(turn.tool_calls)
-        before.reasoning += turn.reasoning
-    else:
-        turns.append(turn)
-
-
-def _add_part(turn: chat_pb2.Message, part: chat_pb2.ContentPart, separator: str) -> None:
-    """Append a part; text that follows text is joined to it."""
-    last = turn.content[-1] if turn.content else None
-    if last is not None and last.WhichOneof("part") == part.WhichOneof("part") == "text":
-        last.text += separator + part.text
-    else:
-        turn.content.append(part)
+def _add_part(turn: chat_pb2.Message, part: chat_pb2.ContentPart) -> None:
+    """Append a part; a text that follows a text begins a paragraph."""
+    if turn.content and turn.content[-1].WhichOneof("part") == part.WhichOneof("part") == "text":
+        part.text = _PARAGRAPH + part.text
+    turn.content.append(part)
 
 
 def _user_turns(
-    blocks: Sequence[schema.MessageBlock], path: str, names: dict[str, str]
+    blocks: Iterable[tuple[str, schema.MessageBlock]], names: dict[str, str]
 ) -> Iterator[chat_pb2.Message]:
-    """The turns of a user message: what the user says, and a turn for each tool result."""
+    """What the user says, and a turn for each tool result, in their order."""
     said = chat_pb2.Message(role=chat_pb2.ROLE_USER)
-    is_empty = True
-    for index, block in enumerate(blocks):
-        place = f"{path}[{index}]"
+    for path, block in blocks:
         if isinstance(block, schema.ToolResultBlock):
             if said.content:
                 yield said
                 said = chat_pb2.Message(role=chat_pb2.ROLE_USER)
-            is_empty = False
-            yield _tool_result(block, place, names)
+            yield _tool_result(block, path, names)
         elif isinstance(block, _RESULT_TYPES):
-            for part in _parts(block, place):
-                _add_part(said, part, _PARAGRAPH)
+            for part in _parts(block, path):
+                _add_part(said, part)
         else:
-            raise Refusal(400, f"'{place}' is a block that only assistant messages have.", param=place)
+            raise Refusal(400, f"'{path}' is a block that only assistant messages have.", param=path)
     if said.content:
         yield said
-    elif is_empty:
-        raise Refusal(400, f"'{path}' must not be empty.", param=path)
 
 
 def _tool_result(block: schema.ToolResultBlock, path: str, names: dict[str, str]) -> chat_pb2.Message:
     turn = chat_pb2.Message(
         role=chat_pb2.ROLE_TOOL, tool_call_id=block.tool_use_id, name=names.get(block.tool_use_id, "")
     )
-    if block.is_error:
-        # Chat templates have no other way to say so.
-        turn.content.add(text=_ERROR_MARK)
-    is_first = True
     for index, item in enumerate(block.content):
         for part in _parts(item, f"{path}.content[{index}]"):
-            _add_part(turn, part, "" if is_first else _PARAGRAPH)
-            is_first = False
-    if not turn.content:
+            _add_part(turn, part)
+    if block.is_error:
+        # Chat templates have no other way to say so.
+        turn.content.insert(0, chat_pb2.ContentPart(text=_ERROR_MARK))
+    elif not turn.content:
         turn.content.add(text="")
     return turn
 
 
-def _system_turn(blocks: Sequence[schema.MessageBlock], path: str) -> chat_pb2.Message:
+def _system_turn(blocks: Sequence[schema.MessageBlock], index: int) -> chat_pb2.Message:
     texts = []
-    for index, block in enumerate(blocks):
+    for place, block in enumerate(blocks):
+        path = f"messages[{index}].content[{place}]"
         if not isinstance(block, schema.TextBlock):
-            place = f"{path}[{index}]"
-            raise Refusal(400, f"'{place}' is no text, and system messages hold text only.", param=place)
+            raise Refusal(400, f"'{path}' is no text, and system messages hold text only.", param=path)
         texts.append(block.text)
     return _said(chat_pb2.ROLE_SYSTEM, _PARAGRAPH.join(text for text in texts if text))
 
 
 def _assistant_turn(
-    blocks: Sequence[schema.MessageBlock], path: str, names: dict[str, str]
+    blocks: Iterable[tuple[str, schema.MessageBlock]], names: dict[str, str]
 ) -> chat_pb2.Message:
     turn = chat_pb2.Message(role=chat_pb2.ROLE_ASSISTANT)
-    for index, block in enumerate(blocks):
+    reasoning = []
+    for path, block in blocks:
         match block:
             case schema.TextBlock():
-                _add_part(turn, chat_pb2.ContentPart(text=block.text), "")
+                turn.content.add(text=block.text)
             case schema.ThinkingBlock():
-                turn.reasoning += block.thinking
+                reasoning.append(block.thinking)
             case schema.RedactedThinkingBlock():
                 pass
             case schema.ToolUseBlock():
@@ -249,8 +238,8 @@ def _assistant_turn(
                 call = chat_pb2.FunctionCall(name=block.name, arguments_json=dump(block.input))
                 turn.tool_calls.add(id=block.id, function=call)
             case _:
-                place = f"{path}[{index}]"
-                raise Refusal(400, f"'{place}' is a block that only user messages have.", param=place)
+                raise Refusal(400, f"'{path}' is a block that only user messages have.", param=path)
+    turn.reasoning = "".join(reasoning)
     if not turn.content and not turn.tool_calls:
         turn.content.add(text="")
     return turn

@@ -220,6 +220,9 @@ def tool_call_json(call: chat_pb2.ToolCall, index: int) -> dict[str, object]:
     except ValueError:
         # The answer was cut off in the middle of the arguments.
         arguments = {}
+    if not isinstance(arguments, dict):
+        # Clients take an object only.
+        arguments = {}
     function = {"index": index, "name": call.function.name, "arguments": arguments}
     return {"id": call.id, "function": function}
 

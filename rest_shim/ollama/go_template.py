@@ -8,13 +8,12 @@ everything else (`range`, functions, variables) is refused, since half a templat
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-# Two braces, a "-" that eats the space before; the same at the end. Go wants a space beside the "-".
-_ACTION = re.compile(r"\{\{(?P<left>-(?=\s))?(?P<body>.*?)(?P<right>(?<=\s)-)?\}\}", re.DOTALL)
 _FIELD = re.compile(r"\.(System|Prompt|Suffix|Response)")
 _CONDITION = re.compile(r"if\s+(?P<not>not\s+)?\.(?P<field>System|Prompt|Suffix|Response)")
+_TRIMS = re.compile(r"(-(?=\s))?(.*?)((?<=\s)-)?", re.DOTALL)
 _COMMENT = re.compile(r"/\*.*\*/", re.DOTALL)
 # Go's own white space for trimming.
 _SPACE = " \t\r\n"
@@ -56,28 +55,42 @@ def render(template: str, fields: Mapping[str, str]) -> str:
     """
     made: list[str] = []
     branches: list[_Branch] = []
-    position = 0
-    trims = False
     is_answered = False
-    for action in _ACTION.finditer(template):
+    for text, action in _pieces(template):
         is_live = not branches or branches[-1].is_live
         if is_live and not is_answered:
-            made.append(_trimmed(template[position : action.start()], trims, action["left"] is not None))
-        position, trims = action.end(), action["right"] is not None
-        body = action["body"].strip()
-        field = _FIELD.fullmatch(body)
+            made.append(text)
+        if action is None:
+            break
+        field = _FIELD.fullmatch(action)
         if field is None:
-            _control(body, branches, fields)
+            _control(action, branches, fields)
         elif is_live and field[1] == "Response":
             is_answered = True
         elif is_live and not is_answered:
             made.append(fields.get(field[1], ""))
-    rest = template[position:]
-    if branches or "{{" in rest:
+    if branches:
         raise UnsupportedTemplateError
-    if not is_answered:
-        made.append(_trimmed(rest, trims, False))
     return "".join(made)
+
+
+def _pieces(template: str) -> Iterator[tuple[str, str | None]]:
+    """Each text with the action that follows it, which is None at the end.
+
+    A "-" within the braces, with a space beside it, eats the space of the text on its side.
+    """
+    position, trims = 0, False
+    while (start := template.find("{{", position)) >= 0:
+        end = template.find("}}", start)
+        if end < 0:
+            raise UnsupportedTemplateError
+        action = template[start + 2 : end]
+        mark = _TRIMS.fullmatch(action)
+        assert mark is not None  # it takes any text
+        yield _trimmed(template[position:start], trims, mark[1] is not None), mark[2].strip(_SPACE)
+        trims = mark[3] is not None
+        position = end + 2
+    yield _trimmed(template[position:], trims, False), None
 
 
 def _trimmed(text: str, left: bool, right: bool) -> str:

@@ -1,7 +1,12 @@
-"""Ollama's chat stream: the core's events in, lines of JSON out."""
+"""Ollama's chat stream: the core's events in, lines of JSON out.
+
+A tool call goes out whole, since Ollama's clients take no pieces: when the next one begins, if its
+arguments are whole by then, else at the end.
+"""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from typing import assert_never
@@ -23,8 +28,8 @@ class LineEncoder:
     def __init__(self, model: str, clock: Callable[[], int] = time.time_ns) -> None:
         self._clock = clock
         self._head = f'{{"model":{dump(model)},"created_at":"'
-        self._call: chat_pb2.ToolCall | None = None
-        self._call_index = 0
+        self._calls: dict[int, chat_pb2.ToolCall] = {}
+        self._sent_calls: set[int] = set()
         self._finish_reason = sampling_pb2.FINISH_REASON_UNSPECIFIED
         self._is_complete = False
 
@@ -40,14 +45,12 @@ class LineEncoder:
             case "content":
                 return self._content(event.content)
             case "reasoning":
-                return self._line(
-                    f'{{"role":"assistant","content":"","thinking":{dump(event.reasoning.text)}}}'
-                )
+                return self._reasoning(event.reasoning.text)
             case "tool_call":
                 return self._tool_call(event.tool_call)
             case "choice_finished":
                 self._finish_reason = event.choice_finished.finish_reason
-                return self._whole_call()
+                return b"".join(self._whole_call(index) for index in list(self._calls))
             case "completed":
                 return self._complete(event.completed)
             case "started" | "prompt_progress" | None:
@@ -66,23 +69,27 @@ class LineEncoder:
             return self._line(message, f',"logprobs":{dump(convert.logprobs_json(delta.logprobs))}')
         return self._line(message) if delta.text else b""
 
+    def _reasoning(self, text: str) -> bytes:
+        return self._line(f'{{"role":"assistant","content":"","thinking":{dump(text)}}}') if text else b""
+
     def _tool_call(self, delta: chat_pb2.ToolCallDelta) -> bytes:
-        """Collects a call, since Ollama's clients take it whole only."""
         lines = b""
-        if self._call is None or delta.call_index != self._call_index:
-            lines = self._whole_call()
-            self._call = chat_pb2.ToolCall()
-            self._call_index = delta.call_index
-        self._call.id += delta.id
-        self._call.function.name += delta.name
-        self._call.function.arguments_json += delta.arguments_json
+        if delta.call_index in self._sent_calls:
+            # Its arguments were whole: what comes is white space.
+            return lines
+        if delta.call_index not in self._calls:
+            whole = [i for i, call in self._calls.items() if _is_json(call.function.arguments_json)]
+            lines = b"".join(self._whole_call(index) for index in whole)
+            self._calls[delta.call_index] = chat_pb2.ToolCall()
+        call = self._calls[delta.call_index]
+        call.id += delta.id
+        call.function.name += delta.name
+        call.function.arguments_json += delta.arguments_json
         return lines
 
-    def _whole_call(self) -> bytes:
-        if self._call is None:
-            return b""
-        calls = [convert.tool_call_json(self._call, self._call_index)]
-        self._call = None
+    def _whole_call(self, index: int) -> bytes:
+        self._sent_calls.add(index)
+        calls = [convert.tool_call_json(self._calls.pop(index), index)]
         return self._line(dump({"role": "assistant", "content": "", "tool_calls": calls}))
 
     def _complete(self, completed: chat_pb2.ChatCompleted) -> bytes:
@@ -96,3 +103,11 @@ class LineEncoder:
     def _line(self, message: str, more: str = "") -> bytes:
         now = convert.timestamp(self._clock())
         return f'{self._head}{now}","message":{message},"done":false{more}}}\n'.encode("ascii")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

@@ -61,5 +61,11 @@ def test_any_text_is_run_or_refused(parts: list[str]) -> None:
         assert "{{" not in made
 
 
+@pytest.mark.parametrize("template", ["{{" * 30_000, "{{ .Prompt" * 6_000, "{{ if .System }}" * 4_000])
+def test_long_templates_take_linear_time(template: str) -> None:
+    with pytest.raises(UnsupportedTemplateError):
+        render(template, FIELDS)
+
+
 def test_a_value_is_not_a_template() -> None:
     assert render("{{ .Prompt }}", {"Prompt": "{{ .System }}"}) == "{{ .System }}"

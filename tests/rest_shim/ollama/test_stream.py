@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from osaurus_grpc.v1 import chat_pb2, sampling_pb2
@@ -73,6 +73,7 @@ def test_a_tool_call_comes_whole_in_one_line() -> None:
     ]
     events = [chat_pb2.ChatStreamResponse(tool_call=delta) for delta in deltas]
     lines = [made.encode(event) for event in (*events, finished(), completed())]
+    # The first goes out as soon as the second begins.
     assert [bool(line) for line in lines] == [False, False, False, True, True, True]
     first, second, last = (json.loads(line) for line in lines if line)
     assert first["message"]["tool_calls"] == [
@@ -103,3 +104,71 @@ def test_any_text_arrives_as_it_is_on_one_line(text: str) -> None:
     # ollama-python cuts lines as str.splitlines does, which knows more line ends than "\n".
     assert len(data.decode().splitlines()) == 1
     assert json.loads(data)["message"]["content"] == text
+
+
+_TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=4)
+
+
+@st.composite
+def deltas(draw: st.DrawFn) -> list[chat_pb2.ChatStreamResponse]:
+    """Any order of deltas that the proto allows: calls may be written side by side."""
+    made: list[chat_pb2.ChatStreamResponse] = []
+    rest: dict[int, str] = {}
+
+    def tool(index: int, arguments: str, **first: str) -> None:
+        delta = chat_pb2.ToolCallDelta(call_index=index, arguments_json=arguments, **first)
+        made.append(chat_pb2.ChatStreamResponse(tool_call=delta))
+
+    for step in draw(st.lists(st.sampled_from(("text", "reasoning", "call", "more", "none")), max_size=16)):
+        match step:
+            case "text":
+                made.append(content(draw(_TEXT)))
+            case "reasoning":
+                made.append(chat_pb2.ChatStreamResponse(reasoning=chat_pb2.ReasoningDelta(text=draw(_TEXT))))
+            case "call":
+                arguments = json.dumps(draw(st.dictionaries(st.text("ab{}", max_size=2), st.integers(0, 99))))
+                cut = draw(st.integers(0, len(arguments)))
+                tool(len(rest), arguments[:cut], id=f"call_{len(rest)}", name="f")
+                rest[len(rest)] = arguments[cut:]
+            case "more" if rest:
+                index = draw(st.sampled_from(sorted(rest)))
+                cut = draw(st.integers(0, len(rest[index])))
+                # A call that is whole gets no more pieces.
+                if cut:
+                    tool(index, rest[index][:cut])
+                    rest[index] = rest[index][cut:]
+            case _:
+                made.append(chat_pb2.ChatStreamResponse())
+    for index, left in rest.items():
+        if left:
+            tool(index, left)
+    return made
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(deltas())
+def test_every_order_of_events_keeps_the_form_and_loses_nothing(
+    events: list[chat_pb2.ChatStreamResponse],
+) -> None:
+    made = encoder()
+    data = b"".join(made.encode(event) for event in [started(), *events, finished(), completed()]).decode()
+    lines = [json.loads(line) for line in data.splitlines()]
+    assert [line["done"] for line in lines] == [False] * (len(lines) - 1) + [True]
+    messages = [line["message"] for line in lines]
+    assert all(message["role"] == "assistant" for message in messages)
+    assert "".join(message["content"] for message in messages) == "".join(
+        event.content.text for event in events
+    )
+    assert "".join(message.get("thinking", "") for message in messages) == "".join(
+        event.reasoning.text for event in events
+    )
+    written: dict[str, str] = {}
+    for event in events:
+        if event.HasField("tool_call"):
+            name = f"call_{event.tool_call.call_index}"
+            written[name] = written.get(name, "") + event.tool_call.arguments_json
+    calls = [call for message in messages for call in message.get("tool_calls", [])]
+    assert {call["id"]: call["function"]["arguments"] for call in calls} == {
+        name: json.loads(text) for name, text in written.items()
+    }
+    assert len(calls) == len(written)
