@@ -39,6 +39,7 @@ class Settings:
         max_waiting_requests: Sequences waiting for a place in the batch, over all models.
         max_output_tokens: Cap of every request's max_tokens; 0 is none.
         prefill_chunk_tokens: Prompt tokens processed between two decode steps of running streams.
+        max_pause_steps: How many decode steps long a prefill chunk may make running streams pause.
         prompt_cache_bytes: Of KV caches that each model keeps for requests that begin alike; 0 keeps
             none, negative takes a tenth of the memory.
         kv_cache_bytes: Of the KV caches of all models, of running requests and kept ones; negative
@@ -77,6 +78,7 @@ class Settings:
     max_waiting_requests: int = 512
     max_output_tokens: int = 0
     prefill_chunk_tokens: int = 512
+    max_pause_steps: int = 4
     prompt_cache_bytes: int = -1
     kv_cache_bytes: int = -1
     prompt_cache_dir: Path | None = None
@@ -186,7 +188,11 @@ def _add_limits(target: configargparse.ArgumentParser, defaults: Settings) -> No
         default=defaults.max_output_tokens, help="cap of every answer's length, 0 for none")  # fmt: skip
     add("--prefill-chunk-tokens", env_var="OSAURUS_PREFILL_CHUNK_TOKENS", type=whole(1, 65536), metavar="N",
         default=defaults.prefill_chunk_tokens,
-        help="prompt tokens processed between two decode steps (default %(default)s)")  # fmt: skip
+        help="prompt tokens processed between two decode steps at most (default %(default)s)")  # fmt: skip
+    add("--max-pause-steps", env_var="OSAURUS_MAX_PAUSE_STEPS", type=whole(1, 1024), metavar="N",
+        default=defaults.max_pause_steps,
+        help="decode steps that running streams may miss while a prompt is processed "
+        "(default %(default)s)")  # fmt: skip
     add("--prompt-cache-bytes", env_var="OSAURUS_PROMPT_CACHE_BYTES", type=whole(-1, 2**62), metavar="N",
         default=defaults.prompt_cache_bytes,
         help="of KV caches that a model keeps for requests that begin alike, 0 for none "
@@ -264,6 +270,7 @@ def from_namespace(values: argparse.Namespace) -> Settings:
         max_waiting_requests=values.max_waiting_requests,
         max_output_tokens=values.max_output_tokens,
         prefill_chunk_tokens=values.prefill_chunk_tokens,
+        max_pause_steps=values.max_pause_steps,
         prompt_cache_bytes=values.prompt_cache_bytes,
         kv_cache_bytes=values.kv_cache_bytes,
         prompt_cache_dir=values.prompt_cache_dir,

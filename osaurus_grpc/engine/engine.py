@@ -111,6 +111,7 @@ class Engine:
         max_batch_size: Sequences of a model decoded together.
         max_waiting_requests: Sequences that may wait for a place, over all models.
         prefill_chunk_tokens: Prompt tokens processed between two decode steps at most.
+        max_pause_steps: Decode steps that a prefill chunk may take as long as while others decode.
         prompt_cache_bytes: Of the KV caches that each model keeps for requests that begin alike; 0
             keeps none.
         kv_cache_bytes: Of the KV caches of all models, running and kept; negative is a share of the
@@ -124,6 +125,7 @@ class Engine:
         max_batch_size: int,
         max_waiting_requests: int,
         prefill_chunk_tokens: int,
+        max_pause_steps: int = 4,
         prompt_cache_bytes: int = 0,
         kv_cache_bytes: int = -1,
         prefix_disk: PrefixDisk | None = None,
@@ -136,6 +138,7 @@ class Engine:
             self._report_death,
             max_batch_size=max_batch_size,
             prefill_chunk_tokens=prefill_chunk_tokens,
+            max_pause_steps=max_pause_steps,
             prompt_cache_bytes=prompt_cache_bytes,
             budget=self._budget,
             prefix_disk=prefix_disk,

@@ -21,8 +21,6 @@ from osaurus_grpc.engine.memory import KVMemory
 from osaurus_grpc.engine.sequence import Sequence
 from osaurus_grpc.engine.token_chain import BLOCK_TOKENS, Chain
 
-# A chunk may take as long as this many decode steps while others decode.
-_PAUSE_DECODE_STEPS = 4.0
 # A chunk may take this long while nobody decodes: what a cancellation waits for at most.
 _IDLE_CHUNK_SECONDS = 0.5
 _SMALLEST_CHUNK = 64
@@ -40,9 +38,13 @@ class StepClock:
 
     A forward pass is taken to cost one decode step, which reads all weights, plus a share for each
     further prompt token.
+
+    Args:
+        max_pause_steps: Decode steps that a prefill chunk may take as long as while others decode.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_pause_steps: int = 4) -> None:
+        self._max_pause_steps = max_pause_steps
         self.decode_seconds = 0.0
         self.seconds_per_prompt_token = 0.0
 
@@ -67,7 +69,7 @@ class StepClock:
         """
         if not self.seconds_per_prompt_token:
             return min(_FIRST_CHUNK, largest)
-        allowed = _PAUSE_DECODE_STEPS * self.decode_seconds if decoding else _IDLE_CHUNK_SECONDS
+        allowed = self._max_pause_steps * self.decode_seconds if decoding else _IDLE_CHUNK_SECONDS
         chunk = _SMALLEST_CHUNK
         while (
             chunk * 2 <= largest
@@ -95,6 +97,7 @@ class Scheduler:
     Args:
         max_batch_size: Rows at most.
         prefill_chunk_tokens: A chunk's tokens at most.
+        max_pause_steps: As StepClock has it.
         memory: What KV caches may take; None counts nothing.
         kept: Beginnings that need not be computed; None is none.
     """
@@ -104,12 +107,13 @@ class Scheduler:
         *,
         max_batch_size: int,
         prefill_chunk_tokens: int,
+        max_pause_steps: int = 4,
         memory: KVMemory | None = None,
         kept: KeptBeginnings | None = None,
     ) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
-        self.clock = StepClock()
+        self.clock = StepClock(max_pause_steps)
         self._max_batch_size = max_batch_size
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self._memory = memory

@@ -38,6 +38,7 @@ class Worker:
             device that is gone for good.
         max_batch_size: Rows of a model's batch at most.
         prefill_chunk_tokens: Prompt tokens between two decode steps at most.
+        max_pause_steps: Decode steps that such a chunk may take as long as.
         prompt_cache_bytes: Of a model's kept beginnings; 0 keeps none.
         budget: Of the KV caches of all models.
         prefix_disk: Keeps beginnings beyond the end of the process; None keeps none.
@@ -50,6 +51,7 @@ class Worker:
         *,
         max_batch_size: int,
         prefill_chunk_tokens: int,
+        max_pause_steps: int,
         prompt_cache_bytes: int,
         budget: KVBudget,
         prefix_disk: PrefixDisk | None = None,
@@ -58,6 +60,7 @@ class Worker:
         self._report_death = report_death
         self._max_batch_size = max_batch_size
         self._prefill_chunk_tokens = prefill_chunk_tokens
+        self._max_pause_steps = max_pause_steps
         self._prompt_cache_bytes = prompt_cache_bytes
         self._budget = budget
         self._prefix_disk = prefix_disk
@@ -107,6 +110,7 @@ class Worker:
         scheduler = Scheduler(
             max_batch_size=self._max_batch_size,
             prefill_chunk_tokens=self._prefill_chunk_tokens,
+            max_pause_steps=self._max_pause_steps,
             memory=memory,
             kept=prompt_cache,
         )

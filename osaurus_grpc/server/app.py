@@ -143,6 +143,7 @@ class Core:
             max_batch_size=settings.max_batch_size,
             max_waiting_requests=settings.max_waiting_requests,
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
+            max_pause_steps=settings.max_pause_steps,
             prompt_cache_bytes=_prompt_cache_bytes(settings),
             kv_cache_bytes=settings.kv_cache_bytes,
             prefix_disk=_prefix_disk(settings),

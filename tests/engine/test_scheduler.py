@@ -73,16 +73,17 @@ def test_ended_sequences_leave_from_wherever_they_are():
 
 
 @pytest.mark.parametrize(
-    ("decode", "per_token", "decoding", "expected"),
+    ("pause", "decode", "per_token", "decoding", "expected"),
     [
-        (0.05, 0.001, 2, 128),  # a pause of four decode steps: 0.05 + 128 * 0.001 <= 0.2
-        (0.05, 0.001, 0, 256),  # nobody waits: half a second
-        (0.05, 1.0, 2, 64),  # never below the smallest
-        (0.05, 1e-7, 2, 512),  # never above the largest
+        (4, 0.05, 0.001, 2, 128),  # a pause of four decode steps: 0.05 + 128 * 0.001 <= 0.2
+        (7, 0.05, 0.001, 2, 256),  # of seven: 0.05 + 256 * 0.001 <= 0.35
+        (4, 0.05, 0.001, 0, 256),  # nobody waits: half a second
+        (4, 0.05, 1.0, 2, 64),  # never below the smallest
+        (4, 0.05, 1e-7, 2, 512),  # never above the largest
     ],
 )
-def test_chunks_fit_the_pause_they_may_make(decode, per_token, decoding, expected):
-    clock = StepClock()
+def test_chunks_fit_the_pause_they_may_make(pause, decode, per_token, decoding, expected):
+    clock = StepClock(pause)
     clock.observe(decode, decoding=1, prefilled=0)
     for _ in range(100):
         clock.observe(decode + 100 * per_token, decoding=0, prefilled=100)
