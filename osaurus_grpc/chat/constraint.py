@@ -16,8 +16,8 @@ import numpy.typing as npt
 from osaurus_grpc.chat.vocabulary import Vocabulary, forbid
 from osaurus_grpc.errors import InvalidRequestError
 
-# What the library calls running out of the work that a step may take.
-_TOO_COMPLEX: Final = frozenset({"ParserTooComplex", "LexerTooComplex"})
+# What the library's error begins with where no token continues a text that is not whole.
+_DEAD_END: Final = "NoExtension"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,6 @@ class GrammarConstraint:
 
         Raises:
             InvalidRequestError: Following the grammar takes more work than a step may.
-            RuntimeError: The token is not one that mask() let through.
         """
         if self._watch is not None:
             if self._watch.has_begun(token_id):
@@ -119,11 +118,6 @@ class GrammarConstraint:
         assert self._matcher is not None
         mask = self._vocabulary.mask_of(self._matcher)
         self._require_sound(self._matcher)
-        if not mask.any():
-            raise InvalidRequestError(
-                "The answer cannot go on: the model has no token for what must come next.",
-                field=self._field,
-            )
         return mask
 
     def fork(self) -> GrammarConstraint:
@@ -139,12 +133,12 @@ class GrammarConstraint:
     def _require_sound(self, matcher: llguidance.LLMatcher) -> None:
         if not matcher.is_error():
             return
-        if matcher.stop_reason() in _TOO_COMPLEX:
-            raise InvalidRequestError(
-                "The answer cannot go on: following its grammar takes too much work. Simplify it.",
-                field=self._field,
-            )
-        raise RuntimeError(f"the grammar's matcher failed: {matcher.stop_reason()}")
+        why = "following its grammar takes too much work. Simplify it."
+        if matcher.get_error().startswith(_DEAD_END):
+            why = "the model has no token for what must come next."
+        # A token that was let through is never an error: one of the matcher's limits is reached, or the
+        # vocabulary's.
+        raise InvalidRequestError(f"The answer cannot go on: {why}", field=self._field)
 
 
 def _watch(vocabulary: Vocabulary, begin: Trigger, is_required: bool) -> _TokenWatch | _TextWatch:

@@ -8,6 +8,7 @@ step, and the memory of its automaton.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,11 @@ from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import llguidance
+import numpy as np
 
 from osaurus_grpc.chat import schema
 from osaurus_grpc.chat.constraint import GrammarConstraint, Trigger
+from osaurus_grpc.chat.schema_errors import first_line, raise_for
 from osaurus_grpc.chat.vocabulary import TokenizedModel, Vocabulary
 from osaurus_grpc.errors import InvalidRequestError, OverloadedError
 
@@ -31,8 +34,8 @@ _THREADS: Final = 2
 _MAX_COMPILING: Final = 64
 _MAX_ENTRIES: Final = 256
 _MAX_KEPT_CHARACTERS: Final = 4_194_304
-# A compiler error is shown to the client as far as it speaks of what the client sent.
-_MAX_REASON_CHARACTERS: Final = 500
+_PROBED_STEPS: Final = 8
+_JSON_DIRECTIVE: Final = "%json"
 
 
 def _limits() -> llguidance.LLParserLimits:
@@ -89,7 +92,9 @@ class Grammars:
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
         self._vocabularies: WeakKeyDictionary[Any, asyncio.Future[Vocabulary]] = WeakKeyDictionary()
-        self._compiled: WeakKeyDictionary[Any, OrderedDict[_Source, Grammar]] = WeakKeyDictionary()
+        self._compiled: WeakKeyDictionary[Any, OrderedDict[_Source, asyncio.Future[Grammar]]] = (
+            WeakKeyDictionary()
+        )
         self._compiling = 0
 
     async def json_schema(
@@ -109,12 +114,16 @@ class Grammars:
             OverloadedError: Too many grammars are being compiled.
         """
 
-        def source() -> str:
+        def work(vocabulary: Vocabulary) -> llguidance.LLMatcher:
             prepared = schema.prepared(text, strict=strict, field=field)
-            return llguidance.LLMatcher.grammar_from_json_schema(prepared)
+            try:
+                return _compile(vocabulary, _schema_grammar(prepared), field)
+            except InvalidRequestError:
+                raise_for(prepared, lambda part: _reason(_schema_grammar(part)), field)
+                raise
 
         kind = "strict json_schema" if strict else "json_schema"
-        return await self._grammar(model, _Source(kind, text, field), source)
+        return await self._grammar(model, _Source(kind, text, field), work)
 
     async def json_object(self, model: TokenizedModel, *, field: str = "response_format") -> Grammar:
         """Any JSON object. Raises as json_schema() does."""
@@ -129,39 +138,70 @@ class Grammars:
         return await self._grammar(
             model,
             _Source("regex", pattern, field),
-            lambda: llguidance.LLMatcher.grammar_from_regex(pattern),
+            lambda vocabulary: _compile(vocabulary, llguidance.LLMatcher.grammar_from_regex(pattern), field),
         )
 
     async def lark(self, model: TokenizedModel, text: str, *, field: str = "grammar") -> Grammar:
         """Text that a grammar in llguidance's form of Lark derives.
 
-        A schema embedded with `%json` must have gone through schema.prepared(). Raises as
-        json_schema() does.
+        Schemas embedded with `%json` are checked as json_schema() checks them. Raises as that does.
         """
         _require_length(text, MAX_GRAMMAR_CHARACTERS, field)
         return await self._grammar(
             model,
             _Source("lark", text, field),
-            lambda: llguidance.LLMatcher.grammar_from_lark(text),
+            lambda vocabulary: _compile(
+                vocabulary, llguidance.LLMatcher.grammar_from_lark(_with_schemas(text, field)), field
+            ),
         )
+
+    async def enforceable(self, text: str, *, field: str) -> str:
+        """What of a schema can be enforced, ready to stand behind `%json` in a Lark grammar.
+
+        Keywords that cannot be enforced are left out; where the rest cannot be either, it is any
+        object. For schemas that are only asked to help.
+
+        Raises:
+            InvalidRequestError: It is no JSON or no schema.
+            OverloadedError: Too many grammars are being compiled.
+        """
+
+        def work() -> str:
+            prepared = schema.prepared(text, strict=False, lenient=True, field=field)
+            if _reason(_schema_grammar(prepared)):
+                prepared = schema.prepared('{"type":"object"}', strict=False, field=field)
+            return prepared
+
+        return str(await self._run(work))
 
     def close(self) -> None:
         """End the compiling threads; what is being compiled is not waited for."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    async def _grammar(self, model: TokenizedModel, source: _Source, make: Callable[[], str]) -> Grammar:
+    async def _grammar(
+        self, model: TokenizedModel, source: _Source, work: Callable[[Vocabulary], llguidance.LLMatcher]
+    ) -> Grammar:
         vocabulary = await self._vocabulary(model)
         kept = self._compiled.setdefault(model.tokenizer, OrderedDict())
-        if grammar := kept.get(source):
+        if compiling := kept.get(source):
             kept.move_to_end(source)
-            return grammar
-        matcher = await self._run(lambda: _compile(vocabulary, make(), source.field))
-        grammar = kept[source] = Grammar(vocabulary, matcher, source.field)
-        while len(kept) > _MAX_ENTRIES or (
-            len(kept) > 1 and sum(len(other.text) for other in kept) > _MAX_KEPT_CHARACTERS
-        ):
-            kept.popitem(last=False)
-        return grammar
+        else:
+
+            async def compiled() -> Grammar:
+                matcher = await self._run(lambda: work(vocabulary))
+                return Grammar(vocabulary, matcher, source.field)
+
+            compiling = kept[source] = asyncio.ensure_future(compiled())
+            while len(kept) > _MAX_ENTRIES or (
+                len(kept) > 1 and sum(len(other.text) for other in kept) > _MAX_KEPT_CHARACTERS
+            ):
+                kept.popitem(last=False)
+        try:
+            # Shared: one caller that leaves must not end it for the others.
+            return await asyncio.shield(compiling)
+        finally:
+            if _has_failed(compiling) and kept.get(source) is compiling:
+                del kept[source]
 
     async def _vocabulary(self, model: TokenizedModel) -> Vocabulary:
         building = self._vocabularies.get(model.tokenizer)
@@ -169,10 +209,9 @@ class Grammars:
             building = asyncio.ensure_future(self._run(lambda: Vocabulary(model)))
             self._vocabularies[model.tokenizer] = building
         try:
-            # Shared: one caller that leaves must not end it for the others.
             return await asyncio.shield(building)
         finally:
-            if building.done() and (building.cancelled() or building.exception() is not None):
+            if _has_failed(building):
                 self._vocabularies.pop(model.tokenizer, None)
 
     async def _run(self, work: Callable[[], Any]) -> Any:
@@ -186,14 +225,66 @@ class Grammars:
             self._compiling -= 1
 
 
+def _has_failed(work: asyncio.Future[Any]) -> bool:
+    return work.done() and (work.cancelled() or work.exception() is not None)
+
+
 def _require_length(text: str, limit: int, field: str) -> None:
     if len(text) > limit:
         raise InvalidRequestError(f"{field} must have at most {limit} characters.", field=field)
 
 
+def _schema_grammar(prepared: str) -> str:
+    return llguidance.LLMatcher.grammar_from_json_schema(prepared)
+
+
+def _with_schemas(text: str, field: str) -> str:
+    """A Lark grammar with its embedded schemas in the form that schema.prepared() gives them."""
+    first, *rest = text.split(_JSON_DIRECTIVE)
+    parts = [first]
+    for part in rest:
+        start = len(part) - len(part.lstrip())
+        try:
+            _, end = json.JSONDecoder().raw_decode(part, start)
+        except (ValueError, RecursionError):
+            raise InvalidRequestError(
+                f"{field}: {_JSON_DIRECTIVE} must be followed by a JSON schema.", field=field
+            ) from None
+        parts += [f"{_JSON_DIRECTIVE} ", schema.prepared(part[start:end], strict=False, field=field)]
+        parts.append(part[end:])
+    return "".join(parts)
+
+
+def _reason(grammar: str) -> str:
+    """Why a grammar cannot be compiled; "" where it can."""
+    return llguidance.LLMatcher.validate_grammar(grammar, limits=_limits())
+
+
 def _compile(vocabulary: Vocabulary, grammar: str, field: str) -> llguidance.LLMatcher:
     matcher = llguidance.LLMatcher(vocabulary.tokens, grammar, log_level=0, limits=_limits())
     if matcher.is_error():
-        reason = matcher.get_error()[:_MAX_REASON_CHARACTERS]
+        reason = first_line(matcher.get_error())
         raise InvalidRequestError(f"{field} cannot be enforced: {reason}", field=field)
+    _probe(vocabulary, matcher.deep_copy(), field)
     return matcher
+
+
+def _probe(vocabulary: Vocabulary, matcher: llguidance.LLMatcher, field: str) -> None:
+    """Take the first steps, as far as there is no choice: what fails there need not wait for a model.
+
+    Raises InvalidRequestError.
+    """
+    for _ in range(_PROBED_STEPS):
+        mask = vocabulary.mask_of(matcher)
+        if matcher.is_error() or not mask.any():
+            raise InvalidRequestError(
+                f"{field} cannot be enforced: it admits nothing, or following it takes too much work.",
+                field=field,
+            )
+        forced = matcher.compute_ff_tokens()
+        if not forced:
+            choices = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+            forced = [int(choices[0])] if len(choices) == 1 else []
+        if not forced or matcher.is_stopped():
+            return
+        matcher.consume_tokens(forced)

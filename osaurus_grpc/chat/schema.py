@@ -1,25 +1,88 @@
-"""JSON schemas as clients send them, made ready for the grammar library."""
+"""JSON schemas as clients send them, rewritten into what the grammar library enforces.
+
+The library (llguidance 1.9) ignores keywords that it does not know, reads numbers as 64-bit floats,
+and interprets some keywords by the `$schema` they stand under. So a schema is not handed on: a new
+one is built from what is known to be enforced, in the meaning of draft 2020-12, and anything else is
+refused by name. The one built admits only values that the original admits, and fewer:
+
+* An object that declares properties and says nothing of others has no others. (By the letter, JSON
+  schema admits any; models ramble.)
+* A schema that only speaks of objects, arrays, strings or numbers is for values of that type.
+* Integers without bounds have at most 19 digits; bounds that no float holds are moved inward.
+* Formats: formats.py.
+
+Annotations, and the names of vendors (`x-…`), say nothing about values and are left out.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Final, Never
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any, Final, Never
+from urllib.parse import unquote
 
+from osaurus_grpc.chat.formats import FORMATS
 from osaurus_grpc.errors import InvalidRequestError
 
 MAX_SCHEMA_CHARACTERS: Final = 262_144
+MAX_SCHEMAS: Final = 10_000
+# The automaton of a multiple has as many states as the number has values.
+_MAX_MULTIPLE: Final = 10_000
+_MAX_PATH_PARTS: Final = 96  # the library reads JSON of at most 128 levels
+_MAX_COUNT: Final = 2**31 - 1
+# The largest float below 2^63.
+_LARGEST_INTEGER: Final = 2**63 - 1024
+_LARGEST_EXACT: Final = 2**53
 
 # At most one blank after a comma or a colon: models are used to one, and small ones loop on more.
 _FORM: Final = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
+_TYPES: Final = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
+_ANNOTATIONS: Final = frozenset(
+    {
+        "$anchor", "$comment", "$defs", "$dynamicAnchor", "$id", "$recursiveAnchor", "$schema", "$vocabulary",
+        "contentEncoding", "contentMediaType", "contentSchema", "default", "definitions", "deprecated",
+        "description", "discriminator", "example", "examples", "externalDocs", "id", "nullable",
+        "propertyOrdering", "readOnly", "title", "writeOnly", "xml",
+    }
+)  # fmt: skip
+# Keywords of JSON schema that say something about values and cannot be enforced, or not in general.
+_UNENFORCED: Final = frozenset(
+    {
+        "$dynamicRef", "$recursiveRef", "contains", "dependencies", "dependentRequired", "dependentSchemas",
+        "else", "if", "maxContains", "minContains", "not", "propertyNames", "then", "unevaluatedItems",
+        "unevaluatedProperties", "uniqueItems",
+    }
+)  # fmt: skip
+_FAMILIES: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("minLength", "maxLength", "pattern", "format"), "string"),
+    **dict.fromkeys(
+        ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"), "number"
+    ),
+    **dict.fromkeys(("items", "prefixItems", "additionalItems", "minItems", "maxItems"), "array"),
+    **dict.fromkeys(
+        ("properties", "patternProperties", "additionalProperties", "required", "minProperties",
+         "maxProperties", "propertyNames"), "object"
+    ),
+}  # fmt: skip
+_UNIONS: Final = ("anyOf", "oneOf", "allOf")
+_APPLICATORS: Final = frozenset({*_UNIONS, "$ref", "enum", "const"})
 
-def prepared(text: str, *, strict: bool, field: str) -> str:
-    """A schema in the form that is handed to the grammar library, or put behind `%json` in a Lark grammar.
+Schema = dict[str, Any]
+
+
+def prepared(text: str, *, strict: bool, field: str, lenient: bool = False) -> str:
+    """A schema in the form that the grammar library takes, alone or behind `%json` in a Lark grammar.
 
     Args:
         text: The schema as JSON.
-        strict: As JsonSchemaFormat.strict.
+        strict: Refuse also keywords and formats that are none of JSON schema's; else they are left
+            out, as JSON schema has it.
         field: Path of the request field that holds it, for errors.
+        lenient: Leave out what cannot be enforced. The grammar then admits more than the schema does;
+            for schemas that are only asked to help.
 
     Raises:
         InvalidRequestError: It is no JSON, no schema, or says something that cannot be enforced; the
@@ -30,13 +93,371 @@ def prepared(text: str, *, strict: bool, field: str) -> str:
             f"{field} must have at most {MAX_SCHEMA_CHARACTERS} characters.", field=field
         )
     try:
-        schema = json.loads(text, parse_constant=_refuse_constant)
+        root = json.loads(text, parse_constant=_refuse_constant)
+        text.encode()
+        json.dumps(root, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         raise InvalidRequestError(f"{field} is not valid JSON.", field=field) from None
-    if not isinstance(schema, dict):
+    if not isinstance(root, dict):
         raise InvalidRequestError(f"{field} must be a JSON object.", field=field)
+    schema = _Rewriting(root, strict=strict, lenient=lenient, field=field).result()
     return json.dumps({**schema, "x-guidance": _FORM}, ensure_ascii=False)
 
 
 def _refuse_constant(name: str) -> Never:
     raise ValueError(name)
+
+
+class _Rewriting:
+    """One schema on its way to the library's form.
+
+    A schema is "alone" where nothing else is asked of the same value: only then may its admitted
+    values be narrowed, since two narrowed schemas may have no value in common.
+    """
+
+    def __init__(self, root: Schema, *, strict: bool, lenient: bool, field: str) -> None:
+        self._root = root
+        self._strict = strict
+        self._lenient = lenient
+        self._field = field
+        self._count = 0
+        self._shared_multiple = 1
+        # What was referred to: (pointer, alone) to its name, in the order of their discovery.
+        self._names: dict[tuple[str, bool], str] = {}
+        self._pending: list[tuple[str, bool]] = []
+
+    def result(self) -> Schema:
+        """The rewritten schema.
+
+        Raises InvalidRequestError.
+        """
+        schema = self._schema(self._root, "#", alone=True)
+        assert isinstance(schema, dict)
+        definitions: Schema = {}
+        while self._pending:
+            key = self._pending.pop()
+            target = self._resolve(key[0])
+            definition = self._schema(target, key[0], alone=key[1])
+            if isinstance(definition, dict):
+                definition["$comment"] = key[0]
+            definitions[self._names[key]] = definition
+        if definitions:
+            schema["$defs"] = definitions
+        return schema
+
+    def _refuse(self, keyword: str, path: str, why: str) -> Never:
+        raise InvalidRequestError(
+            f'{self._field}: "{keyword}" at {path} {why}',
+            field=self._field,
+            metadata={"keyword": keyword, "path": path},
+        )
+
+    def _cannot(self, keyword: str, path: str, why: str = "cannot be enforced.") -> None:
+        """Refuse what is right and not enforced, unless that is to be left out."""
+        if not self._lenient:
+            self._refuse(keyword, path, why)
+
+    def _schema(self, node: object, path: str, *, alone: bool) -> Schema | bool:
+        self._count += 1
+        if self._count > MAX_SCHEMAS:
+            raise InvalidRequestError(
+                f"{self._field} must hold at most {MAX_SCHEMAS} schemas.", field=self._field
+            )
+        if path.count("/") > _MAX_PATH_PARTS:
+            raise InvalidRequestError(
+                f"{self._field} is nested too deeply at {path[:100]}.", field=self._field
+            )
+        if isinstance(node, bool):
+            return node
+        if not isinstance(node, dict):
+            raise InvalidRequestError(
+                f"{self._field}: {path} must be a schema: an object or a boolean.", field=self._field
+            )
+        node = self._simplified(node, path)
+        asserting = {key for key in node if key in _FAMILIES or key in _APPLICATORS}
+        out: Schema = {}
+        types = self._types(node, path)
+        if types is None and alone and not asserting & _APPLICATORS:
+            families = {_FAMILIES[key] for key in asserting}
+            types = [families.pop()] if len(families) == 1 else None
+        if types is not None:
+            out["type"] = types[0] if len(types) == 1 else types
+        for key, value in node.items():
+            # Alternatives are alone where nothing but one type is said beside them.
+            others = (asserting - {key}) & (_APPLICATORS if key == "multipleOf" else asserting)
+            is_alone = alone and not others and (types is None or len(types) == 1)
+            self._keyword(out, key, value, f"{path}/{_escaped(key)}", types, is_alone)
+        if types is not None and not asserting & _APPLICATORS:
+            _bound_integers(out, types)
+            if alone and "object" in types:
+                _close(out)
+        self._check_counts(out, path)
+        return out
+
+    def _simplified(self, node: Schema, path: str) -> Schema:
+        """The same schema with what older drafts and other keywords say in draft 2020-12's usual ones."""
+        node = dict(node)
+        if isinstance(node.get("items"), list):
+            node = _renamed(node, "items", "prefixItems")
+            if "additionalItems" in node:
+                node = _renamed(node, "additionalItems", "items")
+        node.pop("additionalItems", None)
+        for bound, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+            if isinstance(node.get(exclusive), bool) and node.pop(exclusive) and bound in node:
+                node = _renamed(node, bound, exclusive)
+        if node.get("uniqueItems") is False:
+            del node["uniqueItems"]
+        if node.get("unevaluatedProperties") is True:
+            del node["unevaluatedProperties"]
+        if node.get("unevaluatedItems") is True:
+            del node["unevaluatedItems"]
+        if (
+            node.get("unevaluatedProperties") is False
+            and "additionalProperties" not in node
+            and not _APPLICATORS & node.keys()
+        ):
+            node = _renamed(node, "unevaluatedProperties", "additionalProperties")
+        if "propertyNames" in node:
+            node = self._with_names(node, f"{path}/propertyNames")
+        return node
+
+    def _with_names(self, node: Schema, path: str) -> Schema:
+        """Express propertyNames by keywords that are enforced, where that can be done."""
+        names = node["propertyNames"]
+        rest = {key: value for key, value in node.items() if key != "propertyNames"}
+        if not isinstance(names, dict):
+            return rest if names is True else node
+        said = {key: value for key, value in names.items() if key not in _ANNOTATIONS}
+        if said.pop("type", "string") != "string" or not said:
+            return rest if not said else node
+        value = rest.get("additionalProperties", True)
+        if {"properties", "patternProperties"} & rest.keys():
+            return node
+        if said.keys() == {"pattern"}:
+            return {**rest, "patternProperties": {said["pattern"]: value}, "additionalProperties": False}
+        if said.keys() == {"enum"} and all(isinstance(name, str) for name in said["enum"]):
+            properties = dict.fromkeys(said["enum"], value)
+            return {**rest, "properties": properties, "additionalProperties": False}
+        return node
+
+    def _types(self, node: Schema, path: str) -> list[str] | None:
+        if "type" not in node:
+            return None
+        types = node["type"] if isinstance(node["type"], list) else [node["type"]]
+        if not types or not all(isinstance(name, str) and name in _TYPES for name in types):
+            self._refuse("type", f"{path}/type", "is not a type of JSON schema.")
+        return list(dict.fromkeys(types))
+
+    def _keyword(
+        self, out: Schema, key: str, value: object, path: str, types: list[str] | None, alone: bool
+    ) -> None:
+        """Put what one keyword says into the new schema."""
+        match key:
+            case "type":
+                pass
+            case "properties" | "patternProperties":
+                out[key] = self._named(key, value, path)
+            case "additionalProperties" | "items":
+                out[key] = self._schema(value, path, alone=True)
+            case "prefixItems":
+                out[key] = self._several(key, value, path, alone=True)
+            case "anyOf" | "oneOf" | "allOf":
+                schemas = self._several(
+                    key, value, path, alone=alone and (key != "allOf" or _is_single(value))
+                )
+                self._combine(out, key, schemas)
+            case "$ref":
+                out[key] = self._reference(value, path, alone)
+            case "enum" | "const":
+                values = value if key == "enum" and isinstance(value, list) else [value]
+                if key == "enum" and not (isinstance(value, list) and value):
+                    self._refuse(key, path, "must be a list with at least one value.")
+                if self._are_exact(key, values, path):
+                    out[key] = value
+            case "required":
+                if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+                    self._refuse(key, path, "must be a list of names.")
+                out[key] = list(dict.fromkeys(value))
+            case "minLength" | "maxLength" | "minItems" | "maxItems" | "minProperties" | "maxProperties":
+                out[key] = self._size(key, value, path)
+            case "minimum" | "maximum" | "exclusiveMinimum" | "exclusiveMaximum":
+                out[key] = self._bound(key, value, path)
+            case "multipleOf":
+                self._multiple(out, value, path, alone)
+            case "pattern":
+                if not isinstance(value, str):
+                    self._refuse(key, path, "must be a string.")
+                out[key] = value
+            case "format":
+                self._format(out, value, path, types)
+            case _:
+                self._other(key, value, path)
+
+    def _other(self, key: str, value: object, path: str) -> None:
+        if key in _UNENFORCED:
+            self._cannot(key, path)
+        elif key not in _ANNOTATIONS and not key.startswith("x-") and self._strict:
+            self._refuse(key, path, "is not a keyword of JSON schema.")
+
+    def _named(self, key: str, value: object, path: str) -> Schema:
+        if not isinstance(value, dict):
+            self._refuse(key, path, "must be an object of schemas.")
+        return {
+            name: self._schema(schema, f"{path}/{_escaped(name)}", alone=True)
+            for name, schema in value.items()
+        }
+
+    def _several(self, key: str, value: object, path: str, *, alone: bool) -> list[Schema | bool]:
+        if not isinstance(value, list) or (not value and key != "prefixItems"):
+            self._refuse(key, path, "must be a list with at least one schema.")
+        return [self._schema(schema, f"{path}/{i}", alone=alone) for i, schema in enumerate(value)]
+
+    def _combine(self, out: Schema, key: str, schemas: list[Schema | bool]) -> None:
+        if key == "oneOf" and self._lenient:
+            key = "anyOf"
+        if key == "allOf" or key in out:
+            # A format beside a pattern has put an allOf of its own there.
+            extra = schemas if key == "allOf" else [{key: schemas}]
+            out.setdefault("allOf", []).extend(extra)
+        else:
+            out[key] = schemas
+
+    def _reference(self, value: object, path: str, alone: bool) -> str:
+        if not isinstance(value, str):
+            self._refuse("$ref", path, "must be a string.")
+        own = self._root.get("$id")
+        pointer = value.removeprefix(own) if isinstance(own, str) and own.strip("#") else value
+        if pointer not in ("", "#") and not pointer.startswith("#/"):
+            self._refuse("$ref", path, 'must point into the same schema, as in "#/$defs/name".')
+        pointer = unquote(pointer) or "#"
+        self._require_end(pointer, path)
+        key = (pointer, alone)
+        if key not in self._names:
+            self._names[key] = f"d{len(self._names)}"
+            self._pending.append(key)
+        return f"#/$defs/{self._names[key]}"
+
+    def _require_end(self, pointer: str, path: str) -> None:
+        """Refuse references that go in a circle without saying anything."""
+        seen = {pointer}
+        node = self._resolve(pointer, path)
+        while isinstance(node, dict) and isinstance(following := node.get("$ref"), str):
+            following = following or "#"
+            if following in seen:
+                self._refuse("$ref", path, "refers to itself.")
+            seen.add(following)
+            if not following.startswith("#"):
+                return
+            node = self._resolve(following, path)
+
+    def _resolve(self, pointer: str, path: str = "") -> object:
+        node: object = self._root
+        for part in pointer.split("/")[1:]:
+            name = part.replace("~1", "/").replace("~0", "~")
+            if isinstance(node, dict) and name in node:
+                node = node[name]
+            elif isinstance(node, list) and name.isdecimal() and int(name[:9]) < len(node):
+                node = node[int(name[:9])]
+            else:
+                self._refuse("$ref", path, "points to nothing.")
+        return node
+
+    def _are_exact(self, key: str, values: Iterable[object], path: str) -> bool:
+        """Refuse numbers that the library would round; False where they are left out."""
+        for value in values:
+            if isinstance(value, dict | list):
+                inner = value.values() if isinstance(value, dict) else value
+                if not self._are_exact(key, inner, path):
+                    return False
+            elif isinstance(value, int) and abs(value) > _LARGEST_EXACT:
+                self._cannot(key, path, f"holds {str(value)[:40]}, which is too large a number to enforce.")
+                return False
+        return True
+
+    def _size(self, key: str, value: object, path: str) -> int:
+        is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if isinstance(value, bool) or not is_whole or not 0 <= value <= _MAX_COUNT:  # type: ignore[operator]  # a number, by the line above
+            self._refuse(key, path, f"must be a whole number from 0 to {_MAX_COUNT}.")
+        return int(value)  # type: ignore[call-overload,no-any-return]  # as above
+
+    def _bound(self, key: str, value: object, path: str) -> int | float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self._refuse(key, path, "must be a number.")
+        if isinstance(value, float) or abs(value) <= _LARGEST_EXACT:
+            return value
+        try:
+            rounded = float(value)
+        except OverflowError:
+            self._refuse(key, path, "is too large a number to enforce.")
+        if key.lower().endswith("minimum"):
+            return int(rounded if rounded >= value else math.nextafter(rounded, math.inf))
+        return int(rounded if rounded <= value else math.nextafter(rounded, -math.inf))
+
+    def _multiple(self, out: Schema, value: object, path: str, alone: bool) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            self._refuse("multipleOf", path, "must be a number above 0.")
+        coefficient = int("".join(map(str, Decimal(str(value)).normalize().as_tuple().digits)))
+        exponent = int(Decimal(str(value)).normalize().as_tuple().exponent)
+        coefficient *= 10 ** min(max(exponent, 0), 9)
+        if not alone:
+            # Several that meet make their least common multiple.
+            self._shared_multiple = math.lcm(self._shared_multiple, coefficient)
+        if max(coefficient, self._shared_multiple) > _MAX_MULTIPLE or exponent < -9:
+            self._cannot(
+                "multipleOf", path, f"cannot be enforced; up to {_MAX_MULTIPLE} can, and nine decimals."
+            )
+            return
+        out["multipleOf"] = value
+
+    def _format(self, out: Schema, value: object, path: str, types: list[str] | None) -> None:
+        if not isinstance(value, str):
+            self._refuse("format", path, "must be a string.")
+        if types is not None and "string" not in types:
+            return  # says nothing about other types
+        expression = FORMATS.get(value)
+        if expression is None:
+            if self._strict:
+                self._refuse("format", path, f'names "{value[:40]}", which cannot be enforced.')
+            return
+        only_strings = {"type": "string"} if types == ["string"] else {}
+        out.setdefault("allOf", []).append({**only_strings, "pattern": f"^(?:{expression})$"})
+
+    def _check_counts(self, out: Schema, path: str) -> None:
+        """Refuse a number of properties that repeated names could feign."""
+        least = out.get("minProperties", 0)
+        is_open = out.get("additionalProperties", True) is not False or out.get("patternProperties")
+        if least > 1 and is_open and least > len(out.get("required", ())) + 1:
+            self._cannot("minProperties", f"{path}/minProperties")
+            out.pop("minProperties")
+
+
+def _escaped(name: str) -> str:
+    """A name as a part of a JSON pointer (RFC 6901)."""
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+def _renamed(node: Schema, old: str, new: str) -> Schema:
+    """The same with a keyword under another name, in its place; one of that name is dropped."""
+    return {new if key == old else key: value for key, value in node.items() if key != new or old not in node}
+
+
+def _is_single(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 1
+
+
+def _bound_integers(out: Schema, types: Sequence[str]) -> None:
+    """Keep unbounded integers within 64 bits."""
+    if "integer" not in types or "number" in types:
+        return
+    if "minimum" not in out and "exclusiveMinimum" not in out:
+        out["minimum"] = -_LARGEST_INTEGER
+    if "maximum" not in out and "exclusiveMaximum" not in out:
+        out["maximum"] = _LARGEST_INTEGER
+
+
+def _close(out: Schema) -> None:
+    """Admit no properties but those declared, where others are only not forbidden."""
+    open_words = {"additionalProperties", "patternProperties", "minProperties", "allOf"}
+    has_all = all(name in out.get("properties", ()) for name in out.get("required", ()))
+    if "properties" in out and has_all and not open_words & out.keys():
+        out["additionalProperties"] = False

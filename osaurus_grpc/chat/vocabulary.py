@@ -49,10 +49,37 @@ class _TokenTable:
         self.special_token_ids = special
         # The Rust part only: it must not keep an unloaded model's tokenizer object alive.
         self._backend = tokenizer.backend_tokenizer
+        hidden = frozenset(special)
+        # Of several tokens with the same bytes the first.
+        self._by_bytes = {
+            data: len(tokens) - 1 - i
+            for i, data in enumerate(reversed(tokens))
+            if data and len(tokens) - 1 - i not in hidden
+        }
+        self._longest = max(map(len, self._by_bytes), default=0)
 
     def __call__(self, text: str) -> list[int]:
-        """The library asks for the usual tokens of text that a grammar leaves no choice about."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        """The library asks for the usual tokens of text that a grammar leaves no choice about.
+
+        Their bytes must be the text's, which the tokenizer's own answer need not give: SentencePiece
+        puts a space at a text's start.
+        """
+        ids = list(self._backend.encode(text, add_special_tokens=False).ids)
+        data = text.encode()
+        return ids if b"".join(self.tokens[i] for i in ids) == data else self._greedy(data)
+
+    def _greedy(self, data: bytes) -> list[int]:
+        """The longest token at each place, as far as there is one."""
+        ids: list[int] = []
+        start = 0
+        while start < len(data):
+            ends = range(min(len(data), start + self._longest), start, -1)
+            end = next((end for end in ends if data[start:end] in self._by_bytes), None)
+            if end is None:
+                break
+            ids.append(self._by_bytes[data[start:end]])
+            start = end
+        return ids
 
 
 class Vocabulary:
@@ -94,7 +121,9 @@ class Vocabulary:
         self._special = frozenset(special)
         table = _TokenTable(tokenizer, self._bytes, special, ends[0])
         self.tokens = llguidance.LLTokenizer(table, eos_token=ends)  # type: ignore[arg-type]  # typed as the library's own class, used by its names
-        self.unended = np.full(self.words, _ALL, np.uint32)
+        self._everything = np.full(self.words, _ALL, np.uint32)
+        forbid(self._everything, range(self.vocab_size, self.words * _WORD_BITS))
+        self.unended = self._everything.copy()
         forbid(self.unended, ends)
         self._overruns: dict[tuple[bytes, bool], npt.NDArray[np.uint32]] = {}
         self._by_bytes = sorted(range(count), key=self._bytes.__getitem__)
@@ -126,7 +155,7 @@ class Vocabulary:
         key = (text, may_end)
         mask = self._overruns.get(key)
         if mask is None:
-            mask = np.full(self.words, _ALL, np.uint32) if may_end else self.unended.copy()
+            mask = (self._everything if may_end else self.unended).copy()
             holding = (token_id for token_id, data in enumerate(self._bytes) if text in data)
             forbid(
                 mask,
@@ -143,7 +172,9 @@ class Vocabulary:
         """The tokens a matcher lets through next, uint32, shape (words,)."""
         mask = np.zeros(-(-self.tokens.vocab_size // _WORD_BITS), np.uint32)
         matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        return mask[: self.words]
+        mask = mask[: self.words]
+        mask[-1] &= self._everything[-1]
+        return mask
 
 
 def forbid(mask: npt.NDArray[np.uint32], token_ids: Iterable[int]) -> None:

@@ -1,0 +1,101 @@
+"""Which keyword of a schema the grammar library refuses; its own messages do not say where it stands.
+
+Found by trial: the innermost schema that is refused by itself, and in it the first keyword without
+which it is not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from osaurus_grpc.errors import InvalidRequestError
+
+# Each takes about as long as compiling the part that is tried.
+_MAX_TRIALS: Final = 100
+_MAX_REASON_CHARACTERS: Final = 200
+_SHARED: Final = ("$defs", "x-guidance")
+
+Schema = dict[str, Any]
+
+
+def first_line(reason: str) -> str:
+    """What a compiler's message says first, shortened; it speaks of what the client sent."""
+    lines = [line.strip() for line in reason.splitlines() if line.strip()]
+    return lines[0][:_MAX_REASON_CHARACTERS] if lines else "unknown"
+
+
+def raise_for(prepared: str, reason_of: Callable[[str], str], field: str) -> None:
+    """Refuse a schema by the keyword that is at fault.
+
+    Args:
+        prepared: As schema.prepared() gives it.
+        reason_of: Compiles a schema; returns why that fails, or "".
+        field: Path of the request field that holds it.
+
+    Raises:
+        InvalidRequestError: The culprit was found. Returns where it was not.
+    """
+    found = _Search(json.loads(prepared), reason_of).culprit()
+    if found is not None:
+        keyword, path, reason = found
+        raise InvalidRequestError(
+            f'{field}: "{keyword}" at {path} cannot be enforced: {first_line(reason)}',
+            field=field,
+            metadata={"keyword": keyword, "path": path},
+        )
+
+
+class _Search:
+    def __init__(self, root: Schema, reason_of: Callable[[str], str]) -> None:
+        self._root = root
+        self._reason_of = reason_of
+        self._trials = 0
+
+    def culprit(self) -> tuple[str, str, str] | None:
+        """Its keyword, its path, and what the library says of it."""
+        node, path, reason = self._root, "#", self._reason(self._root)
+        if not reason:
+            return None
+        is_inner = True
+        while is_inner:
+            is_inner = False
+            for child, child_path in _children(node, path):
+                if child_reason := self._reason(child):
+                    node, path, reason, is_inner = child, child_path, child_reason, True
+                    break
+        # Without its type nearly any schema is sound: that is the last to be suspected.
+        for keyword in sorted(
+            (key for key in node if key not in _SHARED and key != "$comment"), key=lambda key: key == "type"
+        ):
+            rest = {key: value for key, value in node.items() if key != keyword}
+            if not self._reason(rest):
+                return keyword, f"{path}/{keyword}", reason
+        return None
+
+    def _reason(self, part: Schema) -> str:
+        self._trials += 1
+        if self._trials > _MAX_TRIALS:
+            return ""
+        shared = {key: self._root[key] for key in _SHARED if key in self._root}
+        return self._reason_of(json.dumps({**part, **shared}, ensure_ascii=False))
+
+
+def _children(node: Schema, path: str) -> Iterator[tuple[Schema, str]]:
+    """The schemas inside a schema, definitions by where they stood in the original."""
+    # Definitions first: what refers to a bad one is refused as well.
+    for keyword, value in sorted(node.items(), key=lambda item: item[0] != "$defs"):
+        match keyword:
+            case "properties" | "patternProperties" | "$defs":
+                named = value.items()
+            case "prefixItems" | "anyOf" | "oneOf" | "allOf":
+                named = enumerate(value)
+            case "items" | "additionalProperties":
+                named = [("", value)]
+            case _:
+                continue
+        for name, child in named:
+            if isinstance(child, dict):
+                inner = f"{path}/{keyword}/{name}".removesuffix("/")
+                yield child, child.get("$comment", inner) if keyword == "$defs" else inner

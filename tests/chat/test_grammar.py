@@ -1,0 +1,466 @@
+"""Grammars followed by a dice instead of a model: whatever a model prefers, only this can come out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import random
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from osaurus_grpc.chat.detokenize import Detokenizer
+from osaurus_grpc.chat.grammar import Grammar, GrammarConstraint, Grammars, TokenizedModel, Trigger
+from osaurus_grpc.errors import CapabilityError, InvalidRequestError, OverloadedError
+from tests.chat import tokenizers
+from tests.conftest import SMOLLM
+from tests.harness.schemas import SCHEMAS
+
+_ENOUGH = 400
+
+
+def model_of(tokenizer: Any, *, wider: int = 0, ends: frozenset[int] | None = None) -> TokenizedModel:
+    return SimpleNamespace(  # type: ignore[return-value]  # it has what is asked for
+        tokenizer=tokenizer,
+        eos_token_ids=frozenset({tokenizer.eos_token_id}) if ends is None else ends,
+        vocab_size=len(tokenizer) + wider,
+    )
+
+
+@pytest.fixture(scope="session")
+def smollm_tokenizer(smollm_dir: Path) -> Any:
+    return AutoTokenizer.from_pretrained(smollm_dir / SMOLLM)
+
+
+@pytest.fixture
+async def grammars() -> AsyncIterator[Grammars]:
+    made = Grammars()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def model(smollm_tokenizer: Any) -> TokenizedModel:
+    return model_of(smollm_tokenizer, wider=37, ends=frozenset({0, 2}))
+
+
+def allowed(constraint: GrammarConstraint, model: TokenizedModel) -> list[int]:
+    mask = constraint.mask()
+    if mask is None:
+        return list(range(model.vocab_size))
+    assert mask.dtype == np.uint32
+    assert mask.shape == (-(-model.vocab_size // 32),)
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+    assert not bits[model.vocab_size :].any()
+    return [int(i) for i in np.flatnonzero(bits)]
+
+
+@functools.cache
+def _closing(tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a string, an array or an object."""
+    pieces = (tokenizer.convert_ids_to_tokens(i) or "" for i in range(len(tokenizer)))
+    return frozenset(i for i, piece in enumerate(pieces) if set(piece) & set('"]}'))
+
+
+def throw(
+    constraint: GrammarConstraint, model: TokenizedModel, seed: int, *, haste: float = 0.5
+) -> list[int]:
+    """Token ids of a random answer; haste is how often a token that may end something is preferred."""
+    dice = random.Random(seed)
+    ids: list[int] = []
+    for _ in range(_ENOUGH):
+        if constraint.is_done:
+            return ids
+        choices = allowed(constraint, model)
+        ends = [i for i in choices if i in model.eos_token_ids]
+        closing = ends or [i for i in choices if i in _closing(model.tokenizer)]
+        chosen = dice.choice(closing if closing and dice.random() < haste else choices)
+        constraint.accept(chosen)
+        if chosen in model.eos_token_ids:
+            return ids
+        ids.append(chosen)
+    raise AssertionError(f"no end: {text_of(ids, model)[:200]}")
+
+
+def text_of(ids: list[int], model: TokenizedModel) -> str:
+    detokenizer = Detokenizer(model.tokenizer)
+    return "".join(map(detokenizer.step, ids)) + detokenizer.finish()
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+async def test_an_answer_satisfies_its_schema(grammars: Grammars, model: TokenizedModel, name: str) -> None:
+    schema = SCHEMAS[name]
+    grammar = await grammars.json_schema(model, json.dumps(schema), strict=True)
+    validator = jsonschema.Draft202012Validator(
+        _modern(schema), format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+    )
+    texts = set()
+    for seed in range(8):
+        text = text_of(throw(grammar.constraint(), model, seed), model)
+        # The names that a pattern admits may come twice; declared ones may not.
+        hook = None if name == "map" else _without_repetition
+        value = json.loads(text, object_pairs_hook=hook)
+        validator.validate(value)
+        assert "\n" not in text
+        assert "  " not in re.sub(r'"(\\.|[^"\\])*"', "", text)
+        texts.add(text)
+    assert len(texts) > 1 or name in {"no properties", "constant"}
+
+
+def _modern(schema: Any) -> Any:
+    """The older tuple's keywords by their names in draft 2020-12, the validator's."""
+    if isinstance(schema.get("items"), list):
+        return {**schema, "prefixItems": schema["items"], "items": schema["additionalItems"]}
+    return schema
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    assert len(value) == len(pairs)
+    return value
+
+
+async def test_properties_come_in_the_schemas_order(grammars: Grammars, model: TokenizedModel) -> None:
+    names = ["z", "m", "a", "k"]
+    schema = {"type": "object", "properties": {n: {"type": "null"} for n in names}, "required": names}
+    grammar = await grammars.json_schema(model, json.dumps(schema))
+    assert list(json.loads(text_of(throw(grammar.constraint(), model, 1), model))) == names
+
+
+async def test_a_json_object_is_any(grammars: Grammars, model: TokenizedModel) -> None:
+    grammar = await grammars.json_object(model)
+    values = [
+        json.loads(text_of(throw(grammar.constraint(), model, seed, haste=0.8), model)) for seed in range(6)
+    ]
+    assert all(isinstance(value, dict) for value in values)
+    assert any(values)
+
+
+async def test_a_regular_expression_matches_in_full(grammars: Grammars, model: TokenizedModel) -> None:
+    pattern = r"(cat|dög)s?: [0-9]{1,4}(\.[0-9]+)? €"
+    grammar = await grammars.regex(model, pattern)
+    for seed in range(10):
+        assert re.fullmatch(pattern, text_of(throw(grammar.constraint(), model, seed), model))
+
+
+async def test_a_lark_grammar_with_a_schema_inside(grammars: Grammars, model: TokenizedModel) -> None:
+    schema = json.dumps(SCHEMAS["eighteen digits"])
+    lark = f'start: "<call>" body "</call>"\nbody: %json {schema}\n'
+    grammar = await grammars.lark(model, lark)
+    for seed in range(5):
+        text = text_of(throw(grammar.constraint(), model, seed), model)
+        value = json.loads(text.removeprefix("<call>").removesuffix("</call>"))
+        jsonschema.validate(value, SCHEMAS["eighteen digits"])
+
+
+async def test_a_schema_inside_a_lark_grammar_is_checked(grammars: Grammars, model: TokenizedModel) -> None:
+    for inside in ('{"multipleOf": 1000003}', '{"not": {}}', "nothing", '{"x-guidance": 3'):
+        with pytest.raises(InvalidRequestError) as raised:
+            await grammars.lark(model, f"start: %json {inside}", field="grammar")
+        assert raised.value.field == "grammar"
+
+
+class TestTriggers:
+    @pytest.fixture
+    async def grammar(self, grammars: Grammars, model: TokenizedModel) -> Grammar:
+        return await grammars.regex(model, "[0-9]{3}")
+
+    def walk(self, constraint: GrammarConstraint, model: TokenizedModel, text: str) -> None:
+        for token_id in model.tokenizer.encode(text, add_special_tokens=False):
+            assert token_id in allowed(constraint, model)
+            constraint.accept(token_id)
+
+    @pytest.mark.parametrize(
+        "trigger", [Trigger(text="</think>"), Trigger(text=">"), Trigger(token_ids=(1,))]
+    )
+    def test_a_grammar_begins_after_its_trigger(
+        self, grammar: Grammar, model: TokenizedModel, trigger: Trigger
+    ) -> None:
+        constraint = grammar.constraint(trigger)
+        self.walk(constraint, model, "free to say 12 anything <think </thin")
+        assert not constraint.is_active
+        assert not set(allowed(constraint, model)) & model.eos_token_ids
+        if trigger.token_ids:
+            constraint.accept(1)
+        else:
+            self.walk(constraint, model, "</think>")
+        assert constraint.is_active
+        assert re.fullmatch("[0-9]{3}", text_of(throw(constraint, model, 1), model))
+        assert constraint.is_done
+
+    def test_no_token_runs_past_the_trigger(self, grammar: Grammar, model: TokenizedModel) -> None:
+        tokenizer = model.tokenizer
+        pieces = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
+        constraint = grammar.constraint(Trigger(text="><"))
+        running = {i for i, piece in pieces.items() if re.search(r"><\s*\S", piece)}
+        assert running
+        assert not running & set(allowed(constraint, model))
+        self.walk(constraint, model, "<a>")
+        running = {i for i, piece in pieces.items() if re.match(r"<\s*\S", piece)}
+        running -= set(tokenizer.added_tokens_decoder)
+        assert running
+        assert not running & set(allowed(constraint, model))
+        assert tokenizer.encode("<")[0] in allowed(constraint, model)
+
+    def test_the_answer_may_end_before_where_it_is_let(self, grammar: Grammar, model: TokenizedModel) -> None:
+        constraint = grammar.constraint(Trigger(token_ids=(1,), is_required=False))
+        assert constraint.mask() is None
+        assert model.eos_token_ids <= set(
+            allowed(grammar.constraint(Trigger(text="x", is_required=False)), model)
+        )
+
+    def test_a_grammar_that_repeats_waits_again(self, grammar: Grammar, model: TokenizedModel) -> None:
+        constraint = grammar.constraint(Trigger(text="<"), repeats=True)
+        self.walk(constraint, model, "one <")
+        for digit in "123":
+            self.walk(constraint, model, digit)
+        assert not constraint.is_done
+        assert not constraint.is_active
+        assert model.eos_token_ids <= set(allowed(constraint, model))
+        self.walk(constraint, model, " two <")
+        assert constraint.is_active
+
+    def test_a_fork_begins_anew(self, grammar: Grammar, model: TokenizedModel) -> None:
+        constraint = grammar.constraint(Trigger(text="<"))
+        self.walk(constraint, model, "one <12")
+        copy = constraint.fork()
+        assert not copy.is_active
+        self.walk(copy, model, "one <12")
+        assert allowed(copy, model) == allowed(constraint, model)
+        self.walk(copy, model, "3")
+        assert copy.is_done
+        assert not constraint.is_done
+
+
+class TestTokenizers:
+    @pytest.mark.parametrize("kind", [tokenizers.byte_fallback, tokenizers.metaspace])
+    async def test_other_tokenizers(self, grammars: Grammars, kind: Any) -> None:
+        model = model_of(kind(), wider=3)
+        grammar = await grammars.regex(model, "(hello |w|é){2,4}")
+        for seed in range(10):
+            text = text_of(throw(grammar.constraint(), model, seed), model)
+            assert re.fullmatch("(hello |w|é){2,4}", text)
+
+    async def test_bytes_make_characters_that_have_no_token(self, grammars: Grammars) -> None:
+        model = model_of(tokenizers.byte_fallback())
+        grammar = await grammars.regex(model, "[€世]{3}")
+        assert re.fullmatch("[€世]{3}", text_of(throw(grammar.constraint(), model, 0), model))
+
+    async def test_text_without_a_token_is_refused(self, grammars: Grammars) -> None:
+        with pytest.raises(InvalidRequestError, match="admits nothing"):
+            await grammars.regex(model_of(tokenizers.metaspace()), "[0-9]+")
+        later = await grammars.regex(model_of(tokenizers.metaspace()), "[ab][0-9]")
+        constraint = later.constraint()
+        constraint.accept(allowed(constraint, model_of(tokenizers.metaspace()))[0])
+        with pytest.raises(InvalidRequestError, match="no token"):
+            constraint.mask()
+
+    @pytest.mark.parametrize("kind", [tokenizers.word_piece, tokenizers.word_suffix])
+    async def test_tokens_without_text_of_their_own_are_refused(self, grammars: Grammars, kind: Any) -> None:
+        with pytest.raises(CapabilityError):
+            await grammars.json_object(model_of(kind()))
+
+    async def test_special_tokens_are_no_text(self, grammars: Grammars, model: TokenizedModel) -> None:
+        grammar = await grammars.regex(model, "(?s:.*)")
+        choices = set(allowed(grammar.constraint(), model))
+        special = set(model.tokenizer.all_special_ids) - model.eos_token_ids
+        assert special
+        assert not special & choices
+        assert model.eos_token_ids <= choices
+
+    async def test_a_model_without_an_end_is_refused(self, grammars: Grammars) -> None:
+        with pytest.raises(CapabilityError):
+            await grammars.json_object(model_of(tokenizers.metaspace(), ends=frozenset()))
+
+
+class TestCompiling:
+    async def test_a_grammar_is_kept(self, grammars: Grammars, model: TokenizedModel) -> None:
+        first = await grammars.json_schema(model, '{"type":"null"}')
+        assert await grammars.json_schema(model, '{"type":"null"}') is first
+        assert await grammars.json_schema(model, '{"type":"null"}', strict=True) is not first
+        together = await asyncio.gather(*(grammars.regex(model, "a+") for _ in range(20)))
+        assert len({id(grammar) for grammar in together}) == 1
+
+    async def test_an_unloaded_tokenizer_is_let_go(self, grammars: Grammars) -> None:
+        import gc
+        import weakref
+
+        tokenizer: PreTrainedTokenizerFast | None = tokenizers.metaspace()
+        gone = weakref.ref(tokenizer)
+        await grammars.regex(model_of(tokenizer), "[ab]+")
+        tokenizer = None
+        gc.collect()
+        assert gone() is None
+
+    async def test_too_many_at_once_are_refused(self, grammars: Grammars, model: TokenizedModel) -> None:
+        results = await asyncio.gather(
+            *(grammars.regex(model, f"a{{{i}}}") for i in range(1, 120)), return_exceptions=True
+        )
+        assert any(isinstance(result, Grammar) for result in results)
+        refused = [result for result in results if not isinstance(result, Grammar)]
+        assert refused
+        assert all(isinstance(result, OverloadedError) for result in refused)
+
+    @pytest.mark.parametrize(
+        ("schema", "keyword", "path"),
+        [
+            (
+                {"properties": {"a": {"type": "string", "pattern": "(?=x)y"}}},
+                "pattern",
+                "#/properties/a/pattern",
+            ),
+            ({"items": {"type": "string", "pattern": "["}}, "pattern", "#/items/pattern"),
+            (
+                {"properties": {"a": {"oneOf": [{"type": "integer"}, {"minimum": 3}]}}},
+                "oneOf",
+                "#/properties/a/oneOf",
+            ),
+            (
+                {"$defs": {"x": {"patternProperties": {"a": {}, "b": {}}}}, "items": {"$ref": "#/$defs/x"}},
+                "patternProperties",
+                "#/$defs/x/patternProperties",
+            ),
+            ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum", "#/minimum"),
+        ],
+    )
+    async def test_what_the_compiler_refuses_is_named(
+        self, grammars: Grammars, model: TokenizedModel, schema: Any, keyword: str, path: str
+    ) -> None:
+        with pytest.raises(InvalidRequestError) as raised:
+            await grammars.json_schema(model, json.dumps(schema), field="schema_json")
+        assert raised.value.field == "schema_json"
+        assert f'"{keyword}" at {path} cannot be enforced' in raised.value.message
+
+    async def test_a_schema_that_only_helps_is_weakened(self, grammars: Grammars) -> None:
+        made = json.loads(await grammars.enforceable('{"type":"array","uniqueItems":true}', field="f"))
+        assert (made["type"], "uniqueItems" in made) == ("array", False)
+        made = json.loads(await grammars.enforceable('{"type":"string","pattern":"(?=x)"}', field="f"))
+        assert made["type"] == "object"
+
+
+def _tower(depth: int) -> Any:
+    schema: Any = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+def _fan(width: int, depth: int) -> Any:
+    """As many values as width to the power of depth, in a few lines."""
+    definitions: Any = {
+        f"d{i}": {"type": "array", "prefixItems": [{"$ref": f"#/$defs/d{i + 1}"}] * width, "minItems": width}
+        for i in range(depth)
+    }
+    return {"$defs": {**definitions, f"d{depth}": {"type": "integer"}}, "$ref": "#/$defs/d0"}
+
+
+HOSTILE: dict[str, Any] = {
+    "a huge array": {"type": "array", "items": {"type": "integer"}, "minItems": 2**31 - 1},
+    "a huge string": {"type": "string", "minLength": 2**31 - 1},
+    "many values": {"enum": [f"value {i * 7919}" for i in range(9_000)]},
+    "many properties": {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(3_000)}},
+    "many meetings": {
+        "allOf": [
+            {"anyOf": [{"type": "object", "properties": {f"a{i}": {"type": "integer"}}} for i in range(12)]}
+        ]
+        * 6
+    },
+    "an exponential pattern": {"type": "string", "pattern": "(a|b)*a(a|b){200}$"},
+    "patterns that meet": {
+        "allOf": [{"type": "string", "pattern": f"^.*{c}.{{{20 + i}}}$"} for i, c in enumerate("abcdefgh")]
+    },
+    "nested repetition": {"type": "string", "pattern": "^((x{1,1000}){1,1000}){1,1000}$"},
+    "wide classes": {"type": "string", "pattern": r"^(\p{L}{1,100}\w{1,100}){1,50}$"},
+    "a tower": _tower(40),
+    "a fan": _fan(10, 30),
+    "a loop of all": {"$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"},
+    "no finite value": {"properties": {"x": {"$ref": "#"}}, "required": ["x"]},
+    "a large multiple": {"type": "integer", "multipleOf": 9_973},
+    "multiples that meet": {"allOf": [{"type": "integer", "multipleOf": 97}, {"multipleOf": 89}]},
+    "many alternatives": {"anyOf": [{"type": "string", "pattern": f"^[a-z]*{i}$"} for i in range(500)]},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_a_hostile_schema_is_followed_or_refused(
+    grammars: Grammars, model: TokenizedModel, name: str
+) -> None:
+    """The compiler's and the matcher's budgets bound the work; a hang fails by the test's time limit."""
+    try:
+        grammar = await grammars.json_schema(model, json.dumps(HOSTILE[name]))
+    except InvalidRequestError:
+        return
+    _stumble(grammar.constraint(), model)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["((a{1,1000}){1,1000}){1,1000}", "(a|b)*a(a|b){300}", "(.*a.{20}){5}", r"(\p{L}{1,100}\w{1,100}){1,50}"],
+)
+async def test_a_hostile_expression_is_followed_or_refused(
+    grammars: Grammars, model: TokenizedModel, pattern: str
+) -> None:
+    try:
+        grammar = await grammars.regex(model, pattern)
+    except InvalidRequestError:
+        return
+    _stumble(grammar.constraint(), model)
+
+
+@pytest.mark.parametrize(
+    "lark",
+    [
+        'start: a\na: a a | "x" | ',
+        'start: a\na: b c\nb: a | "x" |\nc: a | b | "y" |',
+        "start: (a|b|c)*\na: /[a-z]*/\nb: /[a-z]*/\nc: /[a-z0-9]*/",
+        'start: (("a"{1,1000}){1,1000}){1,1000}',
+        f"start: {' | '.join(f'r{i}' for i in range(2_000))}"
+        + "".join(f'\nr{i}: "x{i}" start?' for i in range(2_000)),
+        "start: a\na: a",
+        "start: missing",
+        "",
+    ],
+)  # fmt: skip
+async def test_a_hostile_grammar_is_followed_or_refused(
+    grammars: Grammars, model: TokenizedModel, lark: str
+) -> None:
+    try:
+        grammar = await grammars.lark(model, lark)
+    except InvalidRequestError:
+        return
+    _stumble(grammar.constraint(), model)
+
+
+def _stumble(constraint: GrammarConstraint, model: TokenizedModel) -> None:
+    """Some steps, until the end or the typed error; any other error fails the test."""
+    dice = random.Random(3)
+    with contextlib.suppress(InvalidRequestError):
+        for _ in range(40):
+            chosen = dice.choice(allowed(constraint, model))
+            constraint.accept(chosen)
+            if constraint.is_done or chosen in model.eos_token_ids:
+                return
+
+
+async def test_running_out_of_work_is_a_typed_error(grammars: Grammars, model: TokenizedModel) -> None:
+    grammar = await grammars.regex(model, r"(\p{L}{1,100}\w{1,100}){1,50}", field="response_format.regex")
+    constraint = grammar.constraint()
+
+    def follow() -> None:
+        for token_id in model.tokenizer.encode("abcdefghijkl" * 20):
+            constraint.mask()
+            constraint.accept(token_id)
+
+    with pytest.raises(InvalidRequestError) as raised:
+        follow()
+    assert raised.value.field == "response_format.regex"
+    assert "takes too much work" in raised.value.message
