@@ -71,13 +71,23 @@ class InvalidRequestError(OsaurusError):
 
 
 class ContextLengthError(InvalidRequestError):
-    """The prompt does not fit the model's context."""
+    """The prompt does not fit the model's context.
+
+    Args:
+        limit: Tokens of prompt and answer that fit.
+        prompt_tokens: The prompt's.
+        field: Where the prompt is.
+        is_estimate: The prompt has at least so many tokens, and was not tokenized to count them.
+    """
 
     reason = "CONTEXT_LENGTH_EXCEEDED"
 
-    def __init__(self, *, limit: int, prompt_tokens: int, field: str = "messages") -> None:
+    def __init__(
+        self, *, limit: int, prompt_tokens: int, field: str = "messages", is_estimate: bool = False
+    ) -> None:
+        count = f"at least {prompt_tokens}" if is_estimate else str(prompt_tokens)
         super().__init__(
-            f"The prompt has {prompt_tokens} tokens; the model's context holds {limit}, the answer included.",
+            f"The prompt has {count} tokens; the model's context holds {limit}, the answer included.",
             field=field,
             metadata={"limit": str(limit), "prompt_tokens": str(prompt_tokens)},
         )

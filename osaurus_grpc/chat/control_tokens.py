@@ -80,6 +80,10 @@ class Shield:
             return [self.cut(item) for item in value]
         return value
 
+    def uncut(self, rendered: str) -> str:
+        """A rendered conversation as the messages have it."""
+        return rendered.replace(self._mark, "") if self._mark else rendered
+
     def encode(self, rendered: str) -> list[int]:
         """Tokenizes a rendered conversation, whose template writes the beginning-of-sequence token."""
         first, *rest = self._pieces(rendered)

@@ -82,6 +82,11 @@ class Rendering:
     text: str
     shield: Shield
 
+    @property
+    def plain_text(self) -> str:
+        """The text without the shield's cuts."""
+        return self.shield.uncut(self.text)
+
     def encode(self) -> list[int]:
         """The text as tokens, at least one.
 

@@ -13,7 +13,7 @@ from osaurus_grpc.chat.transcript import Transcript, encode_after
 from osaurus_grpc.models.residency import LoadedModel
 from osaurus_grpc.server.convert import message_from_proto, template_arguments, visible_tools
 from osaurus_grpc.server.fold import ChatFold
-from osaurus_grpc.server.prompts import Prompt
+from osaurus_grpc.server.prompts import Prompt, require_fit
 from osaurus_grpc.server.sessions import History
 from osaurus_grpc.v1 import chat_pb2
 
@@ -27,10 +27,12 @@ class Conversation:
     Args:
         request: The request.
         history: What its session remembers; nothing without a session.
+        is_counted: The prompt's tokens are what is asked for: it need not fit the context.
     """
 
-    def __init__(self, request: chat_pb2.ChatRequest, history: History) -> None:
+    def __init__(self, request: chat_pb2.ChatRequest, history: History, *, is_counted: bool = False) -> None:
         self._request = request
+        self._is_counted = is_counted
         self._messages = history.continued_by([message_from_proto(m) for m in request.messages])
         self._remembered = history
         self._model: LoadedModel | None = None
@@ -45,7 +47,7 @@ class Conversation:
         keeps its tokens.
 
         Raises:
-            InvalidRequestError: The model's template refuses the conversation.
+            InvalidRequestError: The model's template refuses the conversation, or it cannot fit.
             CapabilityError: The model has no chat template.
         """
         is_short = sum(len(message.content) for message in self._messages) < _SHORT_PROMPT_CHARACTERS
@@ -69,6 +71,8 @@ class Conversation:
             reasoning_effort=request.reasoning_effort,
             reasoning_enabled=request.reasoning_enabled if request.HasField("reasoning_enabled") else None,
         )
+        if not self._is_counted:
+            require_fit(request, model, rendering.plain_text)
         remembered = self._remembered
         is_same_model = remembered.fingerprint == model.fingerprint
         transcript = remembered.transcript if is_same_model else None

@@ -18,8 +18,8 @@ from osaurus_grpc.server.answering import Answering, answering
 from osaurus_grpc.server.conversation import Conversation
 from osaurus_grpc.server.convert import completion_event, seconds_from_duration
 from osaurus_grpc.server.listing import Listing
-from osaurus_grpc.server.prompts import Prompt, completion_prompt
-from osaurus_grpc.server.run import Request, Run, output_budget
+from osaurus_grpc.server.prompts import Prompt, Request, completion_prompt
+from osaurus_grpc.server.run import Run, output_budget
 from osaurus_grpc.server.sessions import SessionKey, Sessions
 from osaurus_grpc.server.validation import (
     chat_violations,
@@ -118,7 +118,7 @@ class Generation:
         """
         require_valid(model_violations(request, model.vocab_size))
         history = self._sessions.peek(_session_key(request, model.entry))
-        return await Conversation(request, history).prompt(model)
+        return await Conversation(request, history, is_counted=True).prompt(model)
 
     async def complete(
         self, request: completion_pb2.CompleteRequest, *, wants_progress: bool = False

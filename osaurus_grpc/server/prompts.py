@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 from osaurus_grpc.chat import raw
+from osaurus_grpc.chat.length import fewest_tokens
+from osaurus_grpc.errors import ContextLengthError
 from osaurus_grpc.models.residency import LoadedModel
-from osaurus_grpc.v1 import completion_pb2
+from osaurus_grpc.v1 import chat_pb2, completion_pb2
+
+# The fields that both are read for have the same names in both.
+Request: TypeAlias = chat_pb2.ChatRequest | completion_pb2.CompleteRequest
 
 # Below this, tokenizing takes about as long as handing it to a thread and back.
 _SHORT_PROMPT_CHARACTERS: Final = 4_096
@@ -31,13 +36,39 @@ class Prompt:
     end_tokens: frozenset[int] = frozenset()
 
 
+def context_limit(request: Request, context_length: int) -> int:
+    """Tokens of prompt and answer at most: the model's context, or less where the request says so."""
+    if request.HasField("max_context_tokens"):
+        return min(context_length, request.max_context_tokens)
+    return context_length
+
+
+def prompt_field(request: Request) -> str:
+    """The field that a request's prompt is in."""
+    return "messages" if isinstance(request, chat_pb2.ChatRequest) else "prompt"
+
+
+def require_fit(request: Request, model: LoadedModel, text: str) -> None:
+    """Refuse a text that is longer than any that fits, before it is tokenized.
+
+    Raises:
+        ContextLengthError: The prompt leaves no room for one token, whatever its tokens are.
+    """
+    limit = context_limit(request, model.context_length)
+    fewest = fewest_tokens(model.tokenizer, text)
+    if fewest >= limit:
+        raise ContextLengthError(
+            limit=limit, prompt_tokens=fewest, field=prompt_field(request), is_estimate=True
+        )
+
+
 async def completion_prompt(request: completion_pb2.CompleteRequest, model: LoadedModel) -> Prompt:
     """A text or tokens as they are, or a text with a gap in it where the request has a suffix.
 
     A long text is tokenized in a thread.
 
     Raises:
-        InvalidRequestError: There is nothing to continue.
+        InvalidRequestError: There is nothing to continue, or more than can fit.
         CapabilityError: The model cannot fill in the middle.
     """
     tokenizer = model.tokenizer
@@ -47,6 +78,8 @@ async def completion_prompt(request: completion_pb2.CompleteRequest, model: Load
             token_ids = tuple(request.tokens.token_ids)
             echo = raw.decode(tokenizer, token_ids) if request.echo else ""
             return Prompt(token_ids, is_continued=True, echo=echo)
+        for text in (request.text, request.suffix):
+            require_fit(request, model, text)
         echo = request.text if request.echo else ""
         if request.suffix:
             gap = raw.encode_gap(tokenizer, request.text, request.suffix)

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Final, TypeAlias, assert_never
+from typing import Final, assert_never
 
 from osaurus_grpc.engine.engine import Engine
 from osaurus_grpc.engine.types import (
@@ -29,12 +29,9 @@ from osaurus_grpc.server.calls import Call
 from osaurus_grpc.server.choice import Choice
 from osaurus_grpc.server.convert import DEFAULT_MAX_TOKENS, measured_duration, sampling_from_proto
 from osaurus_grpc.server.merge import merged
-from osaurus_grpc.server.prompts import Prompt
+from osaurus_grpc.server.prompts import Prompt, Request, context_limit, prompt_field
 from osaurus_grpc.telemetry import Telemetry
-from osaurus_grpc.v1 import chat_pb2, completion_pb2, sampling_pb2, usage_pb2
-
-# The fields that are read here have the same names in both.
-Request: TypeAlias = chat_pb2.ChatRequest | completion_pb2.CompleteRequest
+from osaurus_grpc.v1 import chat_pb2, sampling_pb2, usage_pb2
 
 _SEED_BITS: Final = 64
 # Enough for a tokenizer to tell how a token continues a text.
@@ -79,18 +76,6 @@ def output_budget(
     if wanted > room:
         return OutputBudget(room, sampling_pb2.FINISH_REASON_CONTEXT_LENGTH)
     return OutputBudget(wanted, sampling_pb2.FINISH_REASON_LENGTH)
-
-
-def context_limit(request: Request, context_length: int) -> int:
-    """Tokens of prompt and answer at most: the model's context, or less where the request says so."""
-    if request.HasField("max_context_tokens"):
-        return min(context_length, request.max_context_tokens)
-    return context_length
-
-
-def prompt_field(request: Request) -> str:
-    """The field that a request's prompt is in."""
-    return "messages" if isinstance(request, chat_pb2.ChatRequest) else "prompt"
 
 
 class Run:

@@ -30,7 +30,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: _ErrorReason.ValueType  # 2
     """INVALID_ARGUMENT. The prompt does not fit the model's context. Metadata: "limit",
-    "prompt_tokens" (both decimal token counts).
+    "prompt_tokens" (both decimal token counts; a prompt that is longer than any that fits is not
+    tokenized to its end, and has at least so many).
     """
     ERROR_REASON_MODEL_NOT_FOUND: _ErrorReason.ValueType  # 3
     """NOT_FOUND. No model of that name is installed. Accompanied by google.rpc.ResourceInfo."""
@@ -88,7 +89,8 @@ google.rpc.BadRequest whose field_violations name the field.
 """
 ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: ErrorReason.ValueType  # 2
 """INVALID_ARGUMENT. The prompt does not fit the model's context. Metadata: "limit",
-"prompt_tokens" (both decimal token counts).
+"prompt_tokens" (both decimal token counts; a prompt that is longer than any that fits is not
+tokenized to its end, and has at least so many).
 """
 ERROR_REASON_MODEL_NOT_FOUND: ErrorReason.ValueType  # 3
 """NOT_FOUND. No model of that name is installed. Accompanied by google.rpc.ResourceInfo."""

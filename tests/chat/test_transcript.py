@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from osaurus_grpc.chat.template import Rendering, apply_template
+from osaurus_grpc.chat.template import apply_template
 from osaurus_grpc.chat.transcript import Transcript, encode_after
 from osaurus_grpc.chat.types import Message, Role
 from tests.chat import tokenizers as kinds
@@ -46,11 +46,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def text_of(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False))
-
-
-def plain(rendering: Rendering) -> str:
-    mark = rendering.shield._mark
-    return rendering.text.replace(mark, "") if mark else rendering.text
 
 
 def turn(
@@ -156,7 +151,7 @@ def test_control_tokens_in_messages_stay_text_from_turn_to_turn(tokenizer: Any) 
 
     known = [*first.prompt, *first.answer]
     assert token_ids[: len(known)] == known
-    assert text_of(tokenizer, token_ids) == plain(rendering)
+    assert text_of(tokenizer, token_ids) == rendering.plain_text
     ends = token_ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>"))
     assert ends == rendering.encode().count(tokenizer.convert_tokens_to_ids("<|im_end|>"))
 
@@ -194,7 +189,7 @@ def test_the_tokens_always_stand_for_the_text(
 
     token_ids = encode_after(first, rendering, tokenizer)
 
-    assert text_of(tokenizer, token_ids) == plain(rendering)
+    assert text_of(tokenizer, token_ids) == rendering.plain_text
     specials = set(tokenizer.all_special_ids)
     controls = [t for t in token_ids if t in specials]
     assert controls == [t for t in rendering.encode() if t in specials]

@@ -12,6 +12,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from osaurus_grpc.chat.control_tokens import Shield
 from osaurus_grpc.engine.engine import Engine
 from osaurus_grpc.engine.types import EngineEvent, GenerationRequest, TokensGenerated
 from osaurus_grpc.errors import EngineError
@@ -19,7 +20,7 @@ from osaurus_grpc.models import residency
 from osaurus_grpc.server.app import Core
 from osaurus_grpc.v1 import (
     chat_pb2,
-    embedding_pb2,
+    completion_pb2,
     error_reason_pb2,
     inference_service_pb2,
     model_service_pb2,
@@ -208,6 +209,28 @@ async def test_a_prompt_over_the_context(inference: Any) -> None:
     assert error.fields == ["messages"]
 
 
+async def test_a_prompt_longer_than_any_that_fits_is_not_tokenized(
+    inference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tokenize(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Shield, "encode", tokenize)
+    monkeypatch.setattr("osaurus_grpc.chat.raw.encode", tokenize)
+    text = "word " * 2_000_000
+    complete = completion_pb2.CompleteRequest(model=TINY, text=text)
+    for call, field in (
+        (inference.Chat(chat_request(text)), "messages"),
+        (inference.Complete(complete), "prompt"),
+    ):
+        error = await failure(call)
+
+        require_reason(error, INVALID, "CONTEXT_LENGTH_EXCEEDED")
+        assert error.fields == [field]
+        assert "at least" in error.message
+        assert int(error.info.metadata["prompt_tokens"]) > int(error.info.metadata["limit"]) > 0
+
+
 async def test_a_prompt_that_leaves_no_room(inference: Any) -> None:
     request = chat_request()
     counted = await inference.CountTokens(inference_service_pb2.CountTokensRequest(chat=request))
@@ -263,11 +286,10 @@ async def test_count_tokens_without_input(inference: Any) -> None:
     assert error.fields == ["input"]
 
 
-async def test_later_calls_are_not_implemented(inference: Any, core: Core) -> None:
+async def test_later_calls_are_not_implemented(core: Core) -> None:
     async with grpc.aio.insecure_channel(core.address) as channel:
         models = ModelServiceStub(channel)
         calls = [
-            inference.Embed(embedding_pb2.EmbedRequest()),
             models.PullModel(model_service_pb2.PullModelRequest()),
             models.CreateModel(model_service_pb2.CreateModelRequest()),
             models.DeleteModel(model_service_pb2.DeleteModelRequest(model=TINY)),
