@@ -112,7 +112,7 @@ class CapabilityError(OsaurusError):
 
 
 class FeatureNotImplementedError(OsaurusError):
-    """The call exists in the contract and not yet in this release."""
+    """The call exists in the contract and not yet in this release, or not at all."""
 
     code = "UNIMPLEMENTED"
     reason = "NOT_IMPLEMENTED"

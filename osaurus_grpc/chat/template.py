@@ -127,7 +127,7 @@ def apply_template(
 
     Raises:
         InvalidRequestError: The template refuses the conversation, a text cannot be encoded, or a
-            template argument has a reserved name.
+            template argument has a reserved name or makes the template fail.
         CapabilityError: The model has no chat template, or one that fails.
     """
     if not messages:
@@ -137,20 +137,39 @@ def apply_template(
         raise CapabilityError(
             "The model has no chat template, so it cannot chat; use it for completions.", capability="chat"
         )
-    variables = {
-        **_reasoning_variables(template, reasoning_effort, reasoning_enabled),
-        **_checked_arguments(tokenizer, template_arguments or {}),
-    }
+    own = _reasoning_variables(template, reasoning_effort, reasoning_enabled)
+    arguments = _checked_arguments(tokenizer, template_arguments or {})
     check_texts(messages)
     abilities = abilities_of(tokenizer, template)
     has_tool_turns = any(message.tool_calls or message.role is Role.TOOL for message in messages)
+    tool_variables: dict[str, JSON] = {}
     if tools or has_tool_turns or not abilities.system:
         syntax = style_of(tokenizer, template, is_native=abilities.tools).syntax
         replay = replayed(messages, tools, abilities, syntax)
         messages = replay.messages
         if replay.tools:
-            variables["tools"] = replay.tools
-    return _rendering(tokenizer, template, messages, variables)
+            tool_variables["tools"] = replay.tools
+    try:
+        return _rendering(tokenizer, template, messages, {**own, **arguments, **tool_variables})
+    except (CapabilityError, InvalidRequestError) as error:
+        if arguments and _is_rendered(tokenizer, template, messages, {**own, **tool_variables}):
+            raise InvalidRequestError(
+                f"{error.message} Without the template arguments it does not.", field=_ARGUMENTS_FIELD
+            ) from None
+        raise
+
+
+def _is_rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    messages: Sequence[Message],
+    variables: Mapping[str, JSON],
+) -> bool:
+    try:
+        _rendering(tokenizer, template, messages, variables)
+    except (CapabilityError, InvalidRequestError):
+        return False
+    return True
 
 
 def template_text(tokenizer: PreTrainedTokenizerBase, *, with_tools: bool = False) -> str:

@@ -25,6 +25,7 @@ from google.protobuf.message import DecodeError
 from osaurus_grpc.errors import (
     DrainingError,
     EngineError,
+    FeatureNotImplementedError,
     InvalidRequestError,
     OsaurusError,
     UnauthenticatedError,
@@ -121,23 +122,35 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._calls = calls
         self._telemetry = telemetry
         self._wrapped: dict[str, Handler] = {}
+        # Whatever a client takes an unknown method for, it is answered as a stream.
+        self._unknown: Handler = grpc.stream_stream_rpc_method_handler(self._answer_unknown)
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
-        """The method's handler, wrapped once and kept."""
+    ) -> Handler:
+        """The method's handler, wrapped once and kept; for an unknown method, one that says so."""
         method = handler_call_details.method
         if (known := self._wrapped.get(method)) is not None:
             return known
         handler = await continuation(handler_call_details)
-        # None is an unknown method: gRPC answers it, and nothing a caller made up is kept.
-        if handler is None or method.startswith(_HEALTH_PREFIX):
+        # An unknown method; nothing a caller made up is kept.
+        if handler is None:
+            return self._unknown
+        if method.startswith(_HEALTH_PREFIX):
             return handler
         wrapped = self._wrap(method, handler)
         self._wrapped[method] = wrapped
         return wrapped
+
+    async def _answer_unknown(self, requests: Any, context: Context) -> None:
+        error: OsaurusError = FeatureNotImplementedError("This server knows no method of that name.")
+        try:
+            self._keys.require(context)
+        except UnauthenticatedError as refusal:
+            error = refusal
+        await _abort(context, _request_id(context), error)
 
     def _wrap(self, method: str, handler: Handler) -> Handler:
         assert handler.request_deserializer is not None, "generated code sets it"

@@ -58,7 +58,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_ENGINE_FAILED: _ErrorReason.ValueType  # 12
     """INTERNAL. The engine failed; the text is fixed and the details are in the server's log."""
     ERROR_REASON_NOT_IMPLEMENTED: _ErrorReason.ValueType  # 13
-    """UNIMPLEMENTED. The call exists in the contract and not yet in this release."""
+    """UNIMPLEMENTED. The call exists in the contract and not yet in this release, or in a newer one."""
     ERROR_REASON_SOURCE_UNAVAILABLE: _ErrorReason.ValueType  # 14
     """UNAVAILABLE. A model's source could not be reached, or broke off."""
     ERROR_REASON_SOURCE_INVALID: _ErrorReason.ValueType  # 15
@@ -117,7 +117,7 @@ ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 11
 ERROR_REASON_ENGINE_FAILED: ErrorReason.ValueType  # 12
 """INTERNAL. The engine failed; the text is fixed and the details are in the server's log."""
 ERROR_REASON_NOT_IMPLEMENTED: ErrorReason.ValueType  # 13
-"""UNIMPLEMENTED. The call exists in the contract and not yet in this release."""
+"""UNIMPLEMENTED. The call exists in the contract and not yet in this release, or in a newer one."""
 ERROR_REASON_SOURCE_UNAVAILABLE: ErrorReason.ValueType  # 14
 """UNAVAILABLE. A model's source could not be reached, or broke off."""
 ERROR_REASON_SOURCE_INVALID: ErrorReason.ValueType  # 15

@@ -335,3 +335,22 @@ def test_rendering_in_several_threads(tokenizer: PreTrainedTokenizerBase) -> Non
     for thread in threads:
         thread.join(timeout=60)
     assert results == [expected] * 40
+
+
+@pytest.mark.parametrize(
+    "statement", ["{{ raise_exception('no such style') }}", "{{ style.missing.deeper }}", "{{ 1 / 0 }}"]
+)
+def test_a_template_argument_that_makes_the_template_fail_is_named(
+    tokenizer: PreTrainedTokenizerBase, statement: str
+) -> None:
+    changed = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+    changed.chat_template = "{{ messages[0].content }}{% if style %}" + statement + "{% endif %}"
+    messages = [Message(Role.USER, "Hi")]
+
+    assert render(changed, messages)
+    with pytest.raises(InvalidRequestError) as raised:
+        render(changed, messages, template_arguments={"style": "wild"})
+    assert raised.value.field == "chat_template_kwargs_json"
+    changed.chat_template = "{{ 1 / 0 }}"
+    with pytest.raises(CapabilityError):
+        render(changed, messages, template_arguments={"style": "wild"})

@@ -300,6 +300,34 @@ async def test_later_calls_are_not_implemented(core: Core) -> None:
             assert "not implemented" in error.message
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/osaurus.v1.InferenceService/Dream",
+        "/osaurus.v2.InferenceService/Chat",
+        "/grpc.health.v1.Health/Dream",
+        "/x",
+    ],
+)
+@pytest.mark.parametrize("kind", ["unary_unary", "unary_stream", "stream_unary", "stream_stream"])
+async def test_an_unknown_method_has_a_rich_error_too(core: Core, path: str, kind: str) -> None:
+    async with grpc.aio.insecure_channel(core.address) as channel:
+        argument = b"" if kind.startswith("unary") else iter([b""])
+        error = await failure(getattr(channel, kind)(path)(argument))
+
+    require_reason(error, grpc.StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")
+
+
+async def test_an_unknown_method_tells_strangers_nothing(tiny_dir: Path) -> None:
+    async with (
+        running_core(tiny_dir, api_keys=("key",)) as core,
+        grpc.aio.insecure_channel(core.address) as channel,
+    ):
+        error = await failure(channel.unary_unary("/osaurus.v1.InferenceService/Dream")(b""))
+
+    require_reason(error, grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
+
+
 async def test_a_corrupt_model_is_unusable_and_the_server_goes_on(tiny_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_dir / TINY, tmp_path / TINY)
     shutil.copytree(tiny_dir / TINY, tmp_path / "damaged")
