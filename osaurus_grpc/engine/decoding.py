@@ -70,6 +70,7 @@ class DecodeBatch:
             theirs = caches if len(rows) > 1 else layers.as_batch(caches)
             for own, other in zip(mine, theirs, strict=True):
                 own.extend(other)
+            layers.evaluate_in_turn(mine)
             self.caches = mine
             self._next = mx.concatenate([self._next, tokens])
         self.rows.extend(rows)
@@ -143,6 +144,7 @@ class DecodeBatch:
             return
         for cache in self.caches:
             cache.filter(keep)
+        layers.evaluate_in_turn(self.caches)
         self._next = self._next[mx.array(keep)]
         if len(keep) == 1:
             self.caches = layers.as_single(self.caches)

@@ -13,10 +13,27 @@ from typing import Any
 
 from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache
 
+# Caches computed at once; smaller ones wait for whoever needs them.
+_TURN_BYTES = 32 * 2**20
+
 
 def evaluate(caches: Sequence[Any]) -> None:
     """Compute what the caches hold."""
     mx.eval([cache.state for cache in caches])
+
+
+def evaluate_in_turn(caches: Sequence[Any]) -> None:
+    """Compute what was joined or cut some layers at a time, where the caches are large.
+
+    All at once, what they were and what they become would be in memory together.
+    """
+    pending, size = [], 0
+    for cache in caches:
+        pending.append(cache.state)
+        size += int(cache.nbytes)
+        if size >= _TURN_BYTES:
+            mx.eval(pending)
+            pending, size = [], 0
 
 
 def is_plain(caches: Sequence[Any]) -> bool:

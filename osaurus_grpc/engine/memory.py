@@ -17,7 +17,9 @@ one sequence a logarithmic number of times.
 Waiting sequences are let in in order of arrival. One that does not fit may be passed by later ones
 that do, some times; from then on nobody is let in before it, in whatever model.
 
-Kept beginnings (the prompt cache) have what the running sequences leave of the budget.
+Kept beginnings (the prompt cache) have what the running sequences leave of the budget. While one of
+them is cut out of a batch or put back into it, another copy of that one sequence may exist for a moment;
+that, weights and activations are beyond the budget.
 """
 
 from __future__ import annotations
@@ -82,8 +84,8 @@ class KeptCaches(Protocol):
         """Bytes held."""
         ...
 
-    def shrink(self, max_bytes: int) -> None:
-        """Drop the least useful ones until no more than so many bytes are held."""
+    def allow(self, nbytes: int) -> None:
+        """Hold no more than so many bytes from now on."""
         ...
 
 
@@ -138,14 +140,12 @@ class KVBudget:
         return min((other.oldest for other in self._members if other is not member), default=_FOREVER)
 
     def press(self, member: KVMemory) -> None:
-        """Drop kept beginnings that running sequences need the room of, those of other models first."""
-        excess = self.kept_bytes + self.running_bytes - self.limit_bytes
+        """Let kept beginnings have what running sequences leave; those of other models go first."""
+        room = self.limit_bytes - self.running_bytes - self.kept_bytes
         for holder in sorted(self._members, key=lambda other: other is member):
-            if excess <= 0:
-                return
             held = holder.kept.nbytes
-            holder.kept.shrink(max(0, held - excess))
-            excess -= held - holder.kept.nbytes
+            holder.kept.allow(max(0, held + room))
+            room += held - holder.kept.nbytes
 
 
 class KVMemory:

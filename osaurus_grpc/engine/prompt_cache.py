@@ -166,6 +166,7 @@ class PromptCache:
         self._ends: dict[bytes, dict[tuple[int, ...], None]] = {}
         self._bytes = 0
         self._stable_bytes = 0
+        self._allowed_bytes = 2**62
         # Called after store() with what it was given.
         self.on_store: Callable[[Chain, Sequence[int]], None] | None = None
         self.slots = Slots(int(_SLOT_SHARE * max_bytes) if layout.is_plain else 0)
@@ -260,7 +261,10 @@ class PromptCache:
             self._make_way()
 
     def _make_way(self) -> None:
-        """Keep records and slots within the store's bytes."""
+        """Keep records and slots within the store's bytes, and within what running sequences leave."""
+        if self.nbytes > self._allowed_bytes:
+            self.slots.shrink(max(0, self._allowed_bytes - self._bytes))
+            self._evict(self._allowed_bytes - self.slots.nbytes)
         self._evict(self._max_bytes - self.slots.nbytes)
 
     def lookup(self, chain: Chain, tokens: Sequence[int]) -> Prefix | None:
@@ -337,10 +341,10 @@ class PromptCache:
                 self._add((lane, name), piece)
         self._make_way()
 
-    def shrink(self, max_bytes: int) -> None:
-        """Drop slots, then the least useful records, until no more than so many bytes are held."""
-        self.slots.shrink(max(0, max_bytes - self._bytes))
-        self._evict(max_bytes - self.slots.nbytes)
+    def allow(self, nbytes: int) -> None:
+        """Hold no more than so many bytes from now on: slots go first, then the least useful records."""
+        self._allowed_bytes = nbytes
+        self._make_way()
 
     def clear(self) -> None:
         """Drop everything."""

@@ -32,8 +32,8 @@ class Kept:
     def __init__(self, nbytes: int = 0) -> None:
         self.nbytes = nbytes
 
-    def shrink(self, max_bytes: int) -> None:
-        self.nbytes = min(self.nbytes, max_bytes)
+    def allow(self, nbytes: int) -> None:
+        self.nbytes = min(self.nbytes, nbytes)
 
 
 def sequence(prompt: int, max_tokens: int = 10, name: str = "") -> Sequence:
