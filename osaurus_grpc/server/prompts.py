@@ -76,6 +76,9 @@ async def completion_prompt(request: completion_pb2.CompleteRequest, model: Load
     def work() -> Prompt:
         if request.WhichOneof("prompt") == "tokens":
             token_ids = tuple(request.tokens.token_ids)
+            limit = context_limit(request, model.context_length)
+            if len(token_ids) >= limit:
+                raise ContextLengthError(limit=limit, prompt_tokens=len(token_ids), field="prompt")
             echo = raw.decode(tokenizer, token_ids) if request.echo else ""
             return Prompt(token_ids, is_continued=True, echo=echo)
         for text in (request.text, request.suffix):
@@ -86,5 +89,6 @@ async def completion_prompt(request: completion_pb2.CompleteRequest, model: Load
             return Prompt(gap.token_ids, is_continued=True, echo=echo, end_tokens=gap.end_tokens)
         return Prompt(raw.encode(tokenizer, request.text), is_continued=True, echo=echo)
 
-    is_short = len(request.text) + len(request.suffix) < _SHORT_PROMPT_CHARACTERS
+    size = len(request.text) + len(request.suffix) + len(request.tokens.token_ids)
+    is_short = size < _SHORT_PROMPT_CHARACTERS
     return work() if is_short else await asyncio.to_thread(work)

@@ -26,6 +26,8 @@ MAX_CHOICES: Final = 16
 MAX_STOPS: Final = 16
 MAX_STOP_CHARACTERS: Final = 1_024
 MAX_TOP_LOGPROBS: Final = 20
+# More than any model's context.
+MAX_TOKEN_IDS: Final = 2**24
 MAX_TOOLS: Final = 1_024
 MAX_TEMPLATE_ARGUMENTS_CHARACTERS: Final = 65_536
 # google.protobuf.Duration's own bounds.
@@ -130,6 +132,8 @@ def vocabulary_violations(sampling: sampling_pb2.SamplingParams, vocab_size: int
 
 def token_violations(field: str, token_ids: Sequence[int], vocab_size: int) -> Iterator[FieldViolation]:
     """The first of some token ids that a model does not have."""
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        return
     for i, token_id in enumerate(token_ids):
         if not 0 <= token_id < vocab_size:
             what = f"is {token_id}; the model's token ids go from 0 to {vocab_size - 1}."
@@ -277,6 +281,8 @@ def chat_violations(request: chat_pb2.ChatRequest) -> list[FieldViolation]:
     found.extend(_result_violations(request))
     found.extend(_template_violations(request))
     found.extend(_text_violations("session_id", request.session_id, MAX_NAME_CHARACTERS))
+    if len(request.context_token_ids) > MAX_TOKEN_IDS:
+        found.append(_violation("context_token_ids", f"must have at most {MAX_TOKEN_IDS} tokens."))
     if request.session_id and request.context_token_ids:
         found.append(_violation("context_token_ids", "cannot be given together with session_id."))
     if request.HasField("max_reasoning_tokens") and request.max_reasoning_tokens < 1:
@@ -293,6 +299,8 @@ def completion_violations(request: completion_pb2.CompleteRequest) -> list[Field
         found.append(_violation("prompt", "must be set: text or tokens."))
     elif kind == "tokens" and not request.tokens.token_ids:
         found.append(_violation("tokens.token_ids", "must have at least one token."))
+    if len(request.tokens.token_ids) > MAX_TOKEN_IDS:
+        found.append(_violation("tokens.token_ids", f"must have at most {MAX_TOKEN_IDS} tokens."))
     if kind == "tokens" and request.suffix:
         found.append(_violation("suffix", "needs a prompt of text."))
     found.extend(sampling_violations(request.sampling))

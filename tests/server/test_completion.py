@@ -189,6 +189,18 @@ async def test_the_context_bounds_a_continuation(inference: Any) -> None:
     assert error.fields == ["prompt"]
 
 
+async def test_more_tokens_than_fit(inference: Any) -> None:
+    request = request_of()
+    request.tokens.token_ids.extend([5] * 3_000_000)
+    request.echo = True
+
+    error = await failure(inference.Complete(request))
+
+    assert error.info.reason == "CONTEXT_LENGTH_EXCEEDED"
+    assert error.fields == ["prompt"]
+    assert error.info.metadata["prompt_tokens"] == "3000000"
+
+
 BAD_FIELDS: list[tuple[str, Change]] = [
     ("prompt", lambda r: r.ClearField("text")),
     ("tokens.token_ids", lambda r: r.tokens.SetInParent()),

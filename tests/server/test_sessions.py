@@ -354,6 +354,32 @@ async def _texts(inference: Any, *prompts: Any) -> list[str]:
 
 
 @on_a_server
+async def test_a_tools_result_continues_the_call_that_is_remembered(inference: Any) -> None:
+    tool = chat_pb2.Tool(function=chat_pb2.FunctionTool(name="clock"))
+    asked = user("What time is it?")
+    chat = in_session("tools", asked, max_tokens=64)
+    chat.tools.append(tool)
+    chat.tool_choice.mode = chat_pb2.TOOL_CHOICE_MODE_REQUIRED
+    first = await inference.Chat(chat)
+    (call, *_) = first.choices[0].message.tool_calls
+    assert call.function.name == "clock"
+    result = chat_pb2.Message(
+        role=chat_pb2.ROLE_TOOL, content=[chat_pb2.ContentPart(text="Noon")], tool_call_id=call.id
+    )
+    following = in_session("tools", result)
+    following.tools.append(tool)
+
+    second = await inference.Chat(following)
+
+    whole = in_session("", asked, first.choices[0].message, result)
+    whole.tools.append(tool)
+    stateless = await inference.Chat(whole)
+    texts = await _texts(inference, second.prompt_token_ids, stateless.prompt_token_ids)
+    assert texts[0] == texts[1]
+    assert "Noon" in texts[0]
+
+
+@on_a_server
 async def test_counting_sees_the_session_and_leaves_it_alone(inference: Any) -> None:
     await inference.Chat(in_session("counted", user("Hello")))
     request = inference_service_pb2.CountTokensRequest(chat=in_session("counted", user("Go on")))
