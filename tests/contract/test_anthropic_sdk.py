@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import anthropic
 import pytest
-from anthropic.types import MessageParam, TextBlockParam
+from anthropic.types import (
+    MessageParam,
+    TextBlockParam,
+    ToolChoiceParam,
+    ToolParam,
+    ToolResultBlockParam,
+    ToolUseBlock,
+)
 
 from tests.conftest import TINY
 
@@ -128,6 +136,69 @@ def test_an_agents_request(client: anthropic.Anthropic) -> None:
         extra_headers={"anthropic-beta": "interleaved-thinking-2025-05-14"},
     )
     assert message.stop_reason == "max_tokens"
+
+
+WEATHER: ToolParam = {
+    "name": "get_weather",
+    "description": "The weather of a city.",
+    "input_schema": {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 8}, "days": {"enum": [1, 2]}},
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    },
+}
+
+
+def is_a_call(block: object) -> bool:
+    if not isinstance(block, ToolUseBlock):
+        return False
+    assert block.id
+    assert block.name == "get_weather"
+    assert set(block.input) == {"city", "days"}
+    assert isinstance(block.input["city"], str)
+    assert block.input["days"] in (1, 2)
+    return True
+
+
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "get_weather"}])
+def test_a_forced_call_follows_its_schema(client: anthropic.Anthropic, choice: ToolChoiceParam) -> None:
+    message = client.messages.create(
+        model=TINY, max_tokens=200, messages=HI, tools=[WEATHER],
+        tool_choice={**choice, "disable_parallel_tool_use": True},  # type: ignore[typeddict-item, misc]  # of any kind
+    )  # fmt: skip
+    assert message.stop_reason == "tool_use"
+    assert [is_a_call(block) for block in message.content] == [True]
+
+
+def test_a_streamed_call_and_its_result(client: anthropic.Anthropic) -> None:
+    pieces = ""
+    with client.messages.stream(
+        model=TINY,
+        max_tokens=200,
+        messages=HI,
+        tools=[WEATHER],
+        tool_choice={"type": "any", "disable_parallel_tool_use": True},
+    ) as stream:
+        for event in stream:
+            if event.type == "input_json":
+                pieces += event.partial_json
+        message = stream.get_final_message()
+    call = message.content[-1]
+    assert isinstance(call, ToolUseBlock)
+    assert is_a_call(call)
+    assert json.loads(pieces) == call.input
+    assert message.stop_reason == "tool_use"
+    result: list[ToolResultBlockParam] = [{"type": "tool_result", "tool_use_id": call.id, "content": "11 C"}]
+    history: list[MessageParam] = [
+        *HI, {"role": "assistant", "content": message.content}, {"role": "user", "content": result},
+    ]  # fmt: skip
+    after = client.messages.create(
+        model=TINY, max_tokens=4, messages=history, tools=[WEATHER], tool_choice={"type": "none"}
+    )
+    assert after.stop_reason == "max_tokens"
+    counted = client.messages.count_tokens(model=TINY, messages=history, tools=[WEATHER])
+    assert counted.input_tokens > client.messages.count_tokens(model=TINY, messages=history).input_tokens
 
 
 def test_models(client: anthropic.Anthropic) -> None:

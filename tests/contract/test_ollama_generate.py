@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from typing import ClassVar
 
 import ollama
 import pytest
@@ -168,3 +169,31 @@ class TestEmbeddings:
         new = (await aclient.embed(TINY, "The sky")).embeddings[0]
         length = sum(value * value for value in old) ** 0.5
         assert [value / length for value in old] == pytest.approx(list(new), abs=1e-4)
+
+
+class TestTools:
+    TOOL: ClassVar[dict[str, object]] = {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "The weather of a city.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}},
+                "required": ["city"],
+            },
+        },
+    }
+
+    def test_a_call_and_its_result_go_into_the_prompt(self, client: ollama.Client) -> None:
+        call = {"function": {"name": "get_weather", "arguments": {"city": "Paris"}}}
+        history = [
+            {"role": "user", "content": "Is it warm in Paris?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_name": "get_weather", "content": "11 C"},
+        ]
+        made = client.chat(TINY, history, tools=[self.TOOL], options=GREEDY)
+        alone = client.chat(TINY, history, options=GREEDY)
+        assert made.prompt_eval_count is not None
+        assert alone.prompt_eval_count is not None
+        assert made.prompt_eval_count > alone.prompt_eval_count
