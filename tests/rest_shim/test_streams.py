@@ -18,7 +18,14 @@ from .scripted_core import MODEL, ScriptedCore, abort, answer, content, silent, 
 
 OPENAI = "/v1/chat/completions"
 OLLAMA = "/api/chat"
-CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
+GENERATE = "/api/generate"
+ANTHROPIC = "/v1/messages"
+PATHS = [OPENAI, OLLAMA, GENERATE, ANTHROPIC]
+# Every dialect ignores what it does not know.
+CHAT = {
+    "model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 9, "prompt": "Hello",
+    "stream": False,
+}  # fmt: skip
 STREAM = {**CHAT, "stream": True}
 SECONDS = 20
 
@@ -65,7 +72,8 @@ class TestHeaders:
         async with http.post(OPENAI, json=CHAT) as response:
             assert response.headers["Content-Type"] == "application/json"
         # The API reference says that Ollama's chat does not stream unless it is asked to.
-        for body in (CHAT, {**CHAT, "stream": False}, {**CHAT, "stream": None}):
+        unsaid = {key: value for key, value in CHAT.items() if key != "stream"}
+        for body in (unsaid, {**CHAT, "stream": False}, {**CHAT, "stream": None}):
             async with http.post(OLLAMA, json=body) as response:
                 assert response.headers["Content-Type"] == "application/json; charset=utf-8"
 
@@ -177,7 +185,7 @@ class TestSilence:
 
 
 class TestFailures:
-    @pytest.mark.parametrize("path", [OPENAI, OLLAMA])
+    @pytest.mark.parametrize("path", PATHS)
     async def test_a_core_that_dies_in_mid_stream(self, shim: str, core: ScriptedCore, path: str) -> None:
         # A core of its own, so that it can be stopped.
         dying = ScriptedCore()
@@ -195,9 +203,11 @@ class TestFailures:
             assert data.startswith(b"HTTP/1.1 200")
             assert b"[DONE]" not in data
             last = data.split(b"\r\n")[-4].decode()
-            error = json.loads(last.removeprefix("data: "))["error"]
+            error = json.loads(last.removeprefix("event: error\n").removeprefix("data: "))["error"]
             if path == OPENAI:
                 assert (error["type"], error["code"]) == ("server_error", "service_unavailable")
+            elif path == ANTHROPIC:
+                assert error["type"] == "overloaded_error"
             else:
                 assert isinstance(error, str)
             assert data.endswith(b"0\r\n\r\n")
@@ -205,7 +215,7 @@ class TestFailures:
             async with aiohttp.ClientSession() as session, session.get(f"{urls[0]}/") as response:
                 assert response.status == 200
 
-    @pytest.mark.parametrize("path", [OPENAI, OLLAMA])
+    @pytest.mark.parametrize("path", PATHS)
     async def test_an_error_after_the_first_byte(
         self, http: aiohttp.ClientSession, core: ScriptedCore, path: str
     ) -> None:
@@ -221,6 +231,12 @@ class TestFailures:
             assert response.status == 200
             text = await response.text()
         last = json.loads(text.rstrip().splitlines()[-1].removeprefix("data: "))
+        if path == ANTHROPIC:
+            assert text.rstrip().splitlines()[-2] == "event: error"
+            assert last.pop("request_id") == response.headers["request-id"]
+            error = {"type": "api_error", "message": "The engine failed."}
+            assert last == {"type": "error", "error": error}
+            return
         whole = {
             "message": "The engine failed.",
             "type": "server_error",
@@ -229,14 +245,14 @@ class TestFailures:
         }
         assert last == {"error": whole if path == OPENAI else whole["message"]}
 
-    @pytest.mark.parametrize("path", [OPENAI, OLLAMA])
+    @pytest.mark.parametrize("path", PATHS)
     async def test_a_stream_that_ends_too_early_is_a_failure(
         self, http: aiohttp.ClientSession, core: ScriptedCore, path: str
     ) -> None:
         core.events = (started(), content("a"))
         async with http.post(path, json=STREAM) as response:
             text = await response.text()
-        assert "error" in json.loads(text.splitlines()[-1 if path == OLLAMA else -2].removeprefix("data: "))
+        assert "error" in json.loads(text.rstrip().splitlines()[-1].removeprefix("data: "))
         assert "[DONE]" not in text
 
     async def test_a_shims_own_mistake_is_told_too(
@@ -264,7 +280,7 @@ class TestFailures:
 
 
 class TestClientsThatLeave:
-    @pytest.mark.parametrize("path", [OPENAI, OLLAMA])
+    @pytest.mark.parametrize("path", PATHS)
     @pytest.mark.parametrize("events", [(), (started(),), (started(), content("a"))])
     async def test_a_stream_is_cancelled(
         self, shim: str, core: ScriptedCore, path: str, events: tuple[chat_pb2.ChatStreamResponse, ...]
@@ -288,7 +304,7 @@ class TestClientsThatLeave:
         writer.transport.abort()
         await wait(gone)
 
-    @pytest.mark.parametrize("path", [OPENAI, OLLAMA])
+    @pytest.mark.parametrize("path", PATHS)
     async def test_a_whole_answer_is_cancelled(self, shim: str, core: ScriptedCore, path: str) -> None:
         begun, gone = asyncio.Event(), asyncio.Event()
 
@@ -324,7 +340,7 @@ class TestClientsThatLeave:
     @pytest.mark.parametrize("path", [OPENAI, OLLAMA])
     async def test_a_client_that_never_reads_is_cut_off(self, core: ScriptedCore, path: str) -> None:
         core.events = tuple(answer(*["x" * 10_000] * 2_000))
-        settings = Settings(core=core.address, port=0, request_timeout_seconds=0.2)
+        settings = Settings(core=core.address, port=0, request_timeout_seconds=1.0)
         async with serving(settings) as urls, aiohttp.ClientSession(urls[0]) as session:
             _reader, writer = await connect(urls[0])
             writer.transport.pause_reading()

@@ -195,7 +195,7 @@ def _joined(events: Sequence[Event], kind: str) -> str:
     return "".join(event.reasoning.text for event in events)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(deltas())
 def test_every_order_of_events_keeps_the_grammar_and_loses_nothing(events: list[Event]) -> None:
     made = frames(encoder(), [started(), *events, finished(), completed()])

@@ -230,7 +230,7 @@ def _joined(lines: Iterable[dict[str, object]], key: str) -> str:
     return "".join(str(line.get(key, "")) for line in lines)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.lists(_DELTA, max_size=12))
 def test_every_order_of_events_keeps_the_form_and_loses_nothing(
     events: list[chat_pb2.ChatStreamResponse],
@@ -252,3 +252,25 @@ def test_a_failure_is_one_line() -> None:
 
 def test_the_time_is_in_nanoseconds() -> None:
     assert convert.timestamp(NOW) == "2026-11-22T13:25:51.755236989Z"
+
+
+_SCALAR = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+_KEYS = st.sampled_from(("temperature", "stop", "num_ctx", "type", "num_predict", "seed"))
+_ANY = st.recursive(
+    _SCALAR,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(schema.GenerateBody.model_fields)), _ANY, max_size=6))
+def test_any_json_gives_a_request_or_a_refusal(fields: dict[str, object]) -> None:
+    try:
+        asked = validate(schema.GenerateBody, {"model": "m", "prompt": "p", **fields})
+        completes = generate.is_completion(asked)
+        made = generate.complete_request(asked) if completes else generate.chat_request(asked)
+    except Refusal as refusal:
+        assert refusal.param  # noqa: PT017 - either outcome is right
+    else:
+        assert made.SerializeToString() is not None

@@ -133,6 +133,24 @@ class TestGenerate:
         assert isinstance(asked, chat_pb2.ChatStreamRequest)
         assert asked.chat.include_token_ids
 
+    async def test_a_continuation_that_fails_in_mid_stream(
+        self, http: aiohttp.ClientSession, core: ScriptedCore
+    ) -> None:
+        async def dies(
+            _request: completion_pb2.CompleteStreamRequest, context: grpc.aio.ServicerContext
+        ) -> AsyncIterator[completion_pb2.CompleteStreamResponse]:
+            yield completion_pb2.CompleteStreamResponse(started=chat_pb2.ChatStarted(id="x"))
+            yield completion_pb2.CompleteStreamResponse(content=chat_pb2.ContentDelta(text="a"))
+            await abort(context, grpc.StatusCode.INTERNAL, "ENGINE_FAILED", "The engine failed.")
+
+        core.complete_stream_script = dies
+        body = {"model": MODEL, "prompt": "x", "raw": True}
+        async with http.post("/api/generate", json=body) as response:
+            assert response.headers["Content-Type"] == "application/x-ndjson"
+            lines = (await response.text()).splitlines()
+        assert '"response":"a"' in lines[0]
+        assert lines[1:] == ['{"error":"The engine failed."}']
+
     async def test_a_foreign_page_does_not_load(
         self, http: aiohttp.ClientSession, core: ScriptedCore
     ) -> None:

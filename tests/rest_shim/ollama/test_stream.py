@@ -145,7 +145,7 @@ def deltas(draw: st.DrawFn) -> list[chat_pb2.ChatStreamResponse]:
     return made
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(deltas())
 def test_every_order_of_events_keeps_the_form_and_loses_nothing(
     events: list[chat_pb2.ChatStreamResponse],
