@@ -33,7 +33,7 @@ from rest_shim.ollama.routes import OllamaRoutes
 from rest_shim.openai.routes import OpenAIRoutes
 from rest_shim.origins import check_host, cors_headers, preflight
 from rest_shim.responses.routes import ResponsesRoutes
-from rest_shim.routing import Dialect, Handler, RouteTable
+from rest_shim.routing import Dialect, Handler, Route, RouteTable
 from rest_shim.settings import Settings, is_loopback
 from rest_shim.status import StatusRoutes
 from rest_shim.wire import json_response
@@ -81,6 +81,11 @@ class RestShim:
                 *AnthropicRoutes(backend, settings).routes(),
             )
         )
+
+    @property
+    def routes(self) -> Sequence[Route]:
+        """All routes, without prefixes."""
+        return self._table.routes
 
     def application(self) -> web.Application:
         """The application, ready for a runner."""

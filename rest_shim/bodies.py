@@ -13,8 +13,16 @@ import math
 from typing import Annotated, NoReturn, TypeVar
 
 from aiohttp import web
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
 from rest_shim.errors import Refusal
 
@@ -51,6 +59,20 @@ class Body(BaseModel):
         if isinstance(value, dict):
             return {key: item for key, item in value.items() if item is not None}
         return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Says that null may stand for a field that may be left out."""
+        made = handler(schema)
+        shape = handler.resolve_ref_schema(made)
+        required = shape.get("required", ())
+        properties = shape.get("properties", {})
+        for name in properties.keys() - set(required):
+            if {"type": "null"} not in properties[name].get("anyOf", ()):
+                properties[name] = {"anyOf": [properties[name], {"type": "null"}]}
+        return made
 
 
 def _whole(value: object) -> object:

@@ -62,10 +62,10 @@ class RouteTable:
     """All routes, and what may be known of a request without a handler for it."""
 
     def __init__(self, routes: Iterable[Route]) -> None:
-        self._routes = tuple(routes)
+        self.routes = tuple(routes)
         self._static: dict[str, list[Route]] = {}
         self._dynamic: list[tuple[re.Pattern[str], Route]] = []
-        for route in self._routes:
+        for route in self.routes:
             if "{" in route.path:
                 self._dynamic.append((_expression(route.path), route))
             else:
@@ -74,7 +74,7 @@ class RouteTable:
     def register(self, router: web.UrlDispatcher) -> None:
         """Add every route under every prefix."""
         shared: dict[tuple[str, str], list[Route]] = {}
-        for route in self._routes:
+        for route in self.routes:
             shared.setdefault((route.method, route.path), []).append(route)
         for (method, pattern), routes in shared.items():
             handler = _dispatch(routes)

@@ -11,6 +11,7 @@ from rest_shim.backend import Backend
 from rest_shim.callers import caller_of
 from rest_shim.errors import CoreError
 from rest_shim.metrics import CONTENT_TYPE, HttpMetrics
+from rest_shim.openapi.document import document
 from rest_shim.routing import Dialect, Route, later
 from rest_shim.wire import json_response
 
@@ -30,7 +31,7 @@ class StatusRoutes:
             Route("GET", "/", self.running, Dialect.OPENAI),
             Route("GET", "/health", self.health, Dialect.OPENAI),
             Route("GET", "/metrics", self.metrics, Dialect.OPENAI),
-            later("GET", "/openapi.json", Dialect.OPENAI, "The OpenAPI description"),
+            Route("GET", "/openapi.json", self.describe, Dialect.OPENAI),
             later("GET", "/ui", Dialect.OPENAI, "The web page"),
         )
 
@@ -48,6 +49,10 @@ class StatusRoutes:
         if is_serving:
             return json_response(body)
         return json_response(body, status=503, headers={"Retry-After": "2"})
+
+    async def describe(self, _request: web.Request) -> web.StreamResponse:
+        """GET /openapi.json."""
+        return json_response(document())
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         """GET /metrics. Where the core asks for a key, so does this; a dead core is no reason not to

@@ -28,8 +28,9 @@ ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
 
 
 class TextBlock(Body):
-    """{"type": "text"}."""
+    """A paragraph."""
 
+    type: Literal["text"]
     text: str
 
 
@@ -42,8 +43,9 @@ class ImageSource(Body):
 
 
 class ImageBlock(Body):
-    """{"type": "image"}."""
+    """An image."""
 
+    type: Literal["image"]
     source: ImageSource
 
 
@@ -60,41 +62,49 @@ class DocumentSource(Body):
 
     type: str
     data: str = ""
-    content: Annotated[list[TextBlock], BeforeValidator(_blocks)] = Field(default_factory=list)
+    content: Annotated[
+        list[TextBlock], BeforeValidator(_blocks, json_schema_input_type=str | list[TextBlock])
+    ] = Field(default_factory=list)
 
 
 class DocumentBlock(Body):
-    """{"type": "document"}: text that stands beside the conversation."""
+    """Text that stands beside the conversation."""
 
+    type: Literal["document"]
     source: DocumentSource
     title: str = ""
     context: str = ""
 
 
 class SearchResultBlock(Body):
-    """{"type": "search_result"}: what a client's own search found."""
+    """What a client's own search found."""
 
+    type: Literal["search_result"]
     source: str
     title: str
     content: list[TextBlock]
 
 
 class ToolUseBlock(Body):
-    """{"type": "tool_use"}: a call the assistant made."""
+    """A call the assistant made."""
 
+    type: Literal["tool_use"]
     id: CallId
     name: Annotated[str, StringConstraints(min_length=1)]
     input: dict[str, Any]
 
 
 class ThinkingBlock(Body):
-    """{"type": "thinking"}: the assistant's reasoning; its signature is not looked at."""
+    """The assistant's reasoning; its signature is not looked at."""
 
+    type: Literal["thinking"]
     thinking: str
 
 
 class RedactedThinkingBlock(Body):
-    """{"type": "redacted_thinking"}: reasoning that only Anthropic can read."""
+    """Reasoning that only Anthropic can read."""
+
+    type: Literal["redacted_thinking"]
 
 
 def _tag_of(kinds: frozenset[str], value: object) -> str | None:
@@ -119,13 +129,17 @@ ResultBlock = Annotated[
 ]
 
 
-class ToolResultBlock(Body):
-    """{"type": "tool_result"}: what a call gave."""
+_ResultBlocks = Annotated[list[ResultBlock], Field(max_length=MAX_BLOCKS)]
 
+
+class ToolResultBlock(Body):
+    """What a call gave."""
+
+    type: Literal["tool_result"]
     tool_use_id: CallId
-    content: Annotated[list[ResultBlock], BeforeValidator(_blocks), Field(max_length=MAX_BLOCKS)] = Field(
-        default_factory=list
-    )
+    content: Annotated[
+        _ResultBlocks, BeforeValidator(_blocks, json_schema_input_type=str | _ResultBlocks)
+    ] = Field(default_factory=list)
     is_error: bool = False
 
 
@@ -159,11 +173,15 @@ _TaggedBlock = Annotated[
 ]
 
 
+_TaggedBlocks = Annotated[list[_TaggedBlock], Field(max_length=MAX_BLOCKS)]
+_TextBlocks = Annotated[list[TextBlock], Field(max_length=MAX_BLOCKS)]
+
+
 class Message(Body):
     """One turn."""
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[_TaggedBlock], BeforeValidator(_blocks), Field(max_length=MAX_BLOCKS)]
+    content: Annotated[_TaggedBlocks, BeforeValidator(_blocks, json_schema_input_type=str | _TaggedBlocks)]
 
 
 def _tool_kind(value: object) -> object:
@@ -180,7 +198,7 @@ class Tool(Body):
     """A tool that the client runs."""
 
     # The first field, so that a server tool is named as one before its missing schema is.
-    type: Annotated[str, BeforeValidator(_tool_kind)] = "custom"
+    type: Annotated[str, BeforeValidator(_tool_kind, json_schema_input_type=Literal["custom"])] = "custom"
     name: ToolName
     description: str = ""
     input_schema: dict[str, Any]
@@ -231,8 +249,8 @@ class CountBody(Body):
 
     model: ModelName
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    system: Annotated[list[TextBlock], BeforeValidator(_blocks), Field(max_length=MAX_BLOCKS)] = Field(
-        default_factory=list
+    system: Annotated[_TextBlocks, BeforeValidator(_blocks, json_schema_input_type=str | _TextBlocks)] = (
+        Field(default_factory=list)
     )
     tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None

@@ -102,7 +102,10 @@ def _role(value: object) -> object:
 class Message(Body):
     """One turn."""
 
-    role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_role)]
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant", "tool"],
+        BeforeValidator(_role, json_schema_input_type=str),
+    ]
     content: str = ""
     thinking: str = ""
     images: list[str] = Field(default_factory=list, max_length=MAX_IMAGES)
@@ -167,7 +170,9 @@ class ResidentBody(Body):
     """
 
     model: ModelName = ""
-    keep_alive: Annotated[float, BeforeValidator(_keep_alive)] | None = None
+    keep_alive: Annotated[float, BeforeValidator(_keep_alive, json_schema_input_type=float | str)] | None = (
+        None
+    )
 
 
 class AnswerBody(ResidentBody):
@@ -178,8 +183,17 @@ class AnswerBody(ResidentBody):
     """
 
     options: Options = Field(default_factory=lambda: Options.model_validate({}))
-    format: Annotated[dict[str, Any] | None, BeforeValidator(_format)] = None
-    think: Annotated[bool | str, BeforeValidator(_think)] | None = None
+    format: Annotated[
+        dict[str, Any] | None,
+        BeforeValidator(_format, json_schema_input_type=dict[str, Any] | Literal["json", ""]),
+    ] = None
+    think: (
+        Annotated[
+            bool | str,
+            BeforeValidator(_think, json_schema_input_type=bool | Literal["low", "medium", "high", "max"]),
+        ]
+        | None
+    ) = None
     logprobs: bool = False
     top_logprobs: Annotated[Integer, BeforeValidator(_top_logprobs)] = 0
 
@@ -216,10 +230,13 @@ def _input(value: object) -> object:
     return value
 
 
+_Texts = Annotated[list[str], Field(max_length=MAX_INPUTS)]
+
+
 class EmbedBody(ResidentBody):
     """POST /embed; the one text is read as a list of one."""
 
-    input: Annotated[list[str], BeforeValidator(_input), Field(max_length=MAX_INPUTS)] = Field(
+    input: Annotated[_Texts, BeforeValidator(_input, json_schema_input_type=str | _Texts)] = Field(
         default_factory=list
     )
     truncate: bool = True

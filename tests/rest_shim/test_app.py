@@ -141,7 +141,7 @@ class TestRoutes:
     @pytest.mark.parametrize(
         ("method", "path", "dialect"),
         [
-            ("GET", "/openapi.json", "openai"), ("GET", "/ui", "openai"),
+            ("GET", "/ui", "openai"),
             ("POST", "/api/pull", "ollama"), ("POST", "/api/create", "ollama"),
             ("POST", "/api/push", "ollama"), ("POST", "/api/blobs/sha256:00", "ollama"),
         ],
