@@ -5,7 +5,7 @@ The engine asks; see engine.types.Constraint, whose form this has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,6 +13,7 @@ import llguidance
 import numpy as np
 import numpy.typing as npt
 
+from osaurus_grpc.chat.gate import TokenConstraint
 from osaurus_grpc.chat.vocabulary import Vocabulary, forbid
 from osaurus_grpc.errors import InvalidRequestError
 
@@ -139,6 +140,51 @@ class GrammarConstraint:
         # A token that was let through is never an error: one of the matcher's limits is reached, or the
         # vocabulary's.
         raise InvalidRequestError(f"The answer cannot go on: {why}", field=self._field)
+
+
+class EitherConstraint:
+    """Holds one answer to one of several forms; its tokens tell which.
+
+    Args:
+        options: Two or more, each of which begins with the first token and has a mask at every token.
+    """
+
+    def __init__(self, options: Sequence[TokenConstraint]) -> None:
+        self._options = tuple(options)
+        self._open = list(options)
+        self._masks: list[npt.NDArray[np.uint32] | None] = []
+
+    @property
+    def is_done(self) -> bool:
+        """Nothing but the end may follow."""
+        return all(option.is_done for option in self._open)
+
+    def accept(self, token_id: int) -> None:
+        """Take a generated token; forms that do not admit it are ruled out."""
+        masks = self._masks or [option.mask() for option in self._open]
+        self._masks = []
+        self._open = [
+            option for option, mask in zip(self._open, masks, strict=True) if _admits(mask, token_id)
+        ]
+        for option in self._open:
+            option.accept(token_id)
+
+    def mask(self) -> npt.NDArray[np.uint32] | None:
+        """Which tokens may come next; see engine.types.Constraint."""
+        self._masks = [option.mask() for option in self._open]
+        masks = [mask for mask in self._masks if mask is not None]
+        if len(masks) < len(self._masks):
+            return None
+        union: npt.NDArray[np.uint32] = np.bitwise_or.reduce(masks)
+        return union
+
+    def fork(self) -> EitherConstraint:
+        """A copy in the initial state."""
+        return EitherConstraint([option.fork() for option in self._options])
+
+
+def _admits(mask: npt.NDArray[np.uint32] | None, token_id: int) -> bool:
+    return mask is None or bool(mask[token_id // 32] >> (token_id % 32) & 1)
 
 
 def _watch(vocabulary: Vocabulary, begin: Trigger, is_required: bool) -> _TokenWatch | _TextWatch:

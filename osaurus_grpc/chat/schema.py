@@ -147,7 +147,7 @@ class _Rewriting:
 
     def _refuse(self, keyword: str, path: str, why: str) -> Never:
         raise InvalidRequestError(
-            f'{self._field}: "{keyword}" at {path} {why}',
+            f'The schema\'s "{keyword}" at {path} {why}',
             field=self._field,
             metadata={"keyword": keyword, "path": path},
         )

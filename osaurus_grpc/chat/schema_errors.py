@@ -41,7 +41,7 @@ def raise_for(prepared: str, reason_of: Callable[[str], str], field: str) -> Non
     if found is not None:
         keyword, path, reason = found
         raise InvalidRequestError(
-            f'{field}: "{keyword}" at {path} cannot be enforced: {first_line(reason)}',
+            f'The schema\'s "{keyword}" at {path} cannot be enforced: {first_line(reason)}',
             field=field,
             metadata={"keyword": keyword, "path": path},
         )

@@ -9,6 +9,7 @@ from typing import Final
 
 from osaurus_grpc.chat.calls.answer import AnswerReader
 from osaurus_grpc.chat.calls.lark import CheckedTool, call_grammar, checked_tool
+from osaurus_grpc.chat.constraint import EitherConstraint
 from osaurus_grpc.chat.detokenize import token_bytes
 from osaurus_grpc.chat.gate import ReasoningGate
 from osaurus_grpc.chat.grammar import Grammars, Trigger
@@ -20,8 +21,11 @@ from osaurus_grpc.errors import CapabilityError, InvalidRequestError
 from osaurus_grpc.models.residency import LoadedModel
 from osaurus_grpc.server.convert import visible_tools
 from osaurus_grpc.server.prompts import Prompt
-from osaurus_grpc.v1 import chat_pb2
+from osaurus_grpc.server.response_format import response_grammar
+from osaurus_grpc.v1 import chat_pb2, completion_pb2
 
+# Where Harmony's final channel opens (https://cookbook.openai.com/articles/openai-harmony).
+_HARMONY_ANSWER: Final = "<|channel|>final<|message|>"
 _FORCED: Final = frozenset({chat_pb2.TOOL_CHOICE_MODE_REQUIRED, chat_pb2.TOOL_CHOICE_MODE_FUNCTION})
 
 
@@ -46,26 +50,51 @@ async def answering(
     """Readies a validated request's answers.
 
     Raises:
-        InvalidRequestError: A tool's schema cannot be enforced, where it has to be.
+        InvalidRequestError: The response format or a tool's schema cannot be enforced, where it has to be.
         CapabilityError: Nothing can be enforced on this model's tokens, where something has to be.
     """
     tools = visible_tools(request)
     style = chat_style(model.tokenizer, with_tools=bool(tools))
     is_open = begins_open(model.tokenizer, style.marks, prompt.token_ids)
-    inner = await _calls(request, model, style, grammars) if tools else None
+    grammar = await response_grammar(request.response_format, model, grammars)
+    has_form = grammar is not None
+    calls = await _calls(request, model, style, grammars, has_form=has_form) if tools else None
+    inner: Constraint | None = calls
+    if grammar is not None and request.tool_choice.mode not in _FORCED:
+        form = grammar.constraint(_before_answer(model, style))
+        # An answer is calls or has the form: its beginning tells.
+        inner = form if calls is None else EitherConstraint([form, calls])
     return Answering(
-        make_reader=partial(style.reader, is_reasoning=is_open, tools=tools, streams_calls=inner is not None),
+        make_reader=partial(style.reader, is_reasoning=is_open, tools=tools, streams_calls=calls is not None),
         shown=style.shown,
-        constraint=_gated(request, model, style, inner, is_open=is_open),
+        constraint=_gated(request, model, style, inner, is_open=is_open, has_form=has_form),
     )
 
 
+async def completion_answering(
+    request: completion_pb2.CompleteRequest, model: LoadedModel, grammars: Grammars
+) -> Answering:
+    """Readies a validated completion's answers. Raises as answering()."""
+    grammar = await response_grammar(request.response_format, model, grammars)
+    return Answering(constraint=None if grammar is None else grammar.constraint())
+
+
+def _before_answer(model: LoadedModel, style: ChatStyle) -> Trigger | None:
+    """What a model writes before its answer proper."""
+    if style.marks is not HARMONY:
+        return None
+    return Trigger(token_ids=tuple(model.tokenizer.encode(_HARMONY_ANSWER, add_special_tokens=False)))
+
+
 async def _calls(
-    request: chat_pb2.ChatRequest, model: LoadedModel, style: ChatStyle, grammars: Grammars
+    request: chat_pb2.ChatRequest, model: LoadedModel, style: ChatStyle, grammars: Grammars, *, has_form: bool
 ) -> Constraint | None:
-    """Holds calls to the tools' schemas: forced ones at once, others from the mark that opens one."""
+    """Holds calls to the tools' schemas: forced ones at once, others from the mark that opens one.
+
+    Where an answer that is no call has a form of its own, calls are all there is, too.
+    """
     mode = request.tool_choice.mode
-    is_forced = mode in _FORCED
+    is_forced = mode in _FORCED or has_form
     is_named = mode == chat_pb2.TOOL_CHOICE_MODE_FUNCTION
     is_parallel = not is_named and (
         not request.HasField("parallel_tool_calls") or request.parallel_tool_calls
@@ -99,12 +128,13 @@ def _gated(
     inner: Constraint | None,
     *,
     is_open: bool,
+    has_form: bool,
 ) -> Constraint | None:
     """The constraint, held back until the reasoning is over."""
     limit = request.max_reasoning_tokens if request.HasField("max_reasoning_tokens") else None
-    is_forced = request.tool_choice.mode in _FORCED
+    is_forced = request.tool_choice.mode in _FORCED or has_form
     if (inner is None and limit is None) or (style.marks is HARMONY and is_forced):
-        # Harmony's grammar has a place for reasoning of its own.
+        # Harmony's grammar has a place for reasoning of its own, and its answers begin behind theirs.
         return inner
     reasoning = reasoning_of(model.tokenizer, style.marks, is_open=is_open, max_tokens=limit)
     if reasoning is None:

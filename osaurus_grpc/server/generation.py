@@ -14,7 +14,7 @@ from osaurus_grpc.models.catalog import ModelEntry
 from osaurus_grpc.models.residency import LoadedModel, Residency
 from osaurus_grpc.server import calls
 from osaurus_grpc.server.admission import Admission
-from osaurus_grpc.server.answering import Answering, answering
+from osaurus_grpc.server.answering import answering, completion_answering
 from osaurus_grpc.server.conversation import Conversation
 from osaurus_grpc.server.convert import completion_event, seconds_from_duration
 from osaurus_grpc.server.listing import Listing
@@ -153,9 +153,10 @@ class Generation:
                 require_valid(model_violations(request, model.vocab_size))
                 prompt = await make_prompt(model)
                 call.prompt_tokens = len(prompt.token_ids)
-                how = Answering()
                 if isinstance(request, chat_pb2.ChatRequest):
                     how = await answering(request, model, prompt, self._grammars)
+                else:
+                    how = await completion_answering(request, model, self._grammars)
                 run = Run(
                     call,
                     request,

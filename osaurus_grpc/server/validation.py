@@ -324,7 +324,7 @@ def require_supported(request: chat_pb2.ChatRequest) -> None:
     """Refuse what this release cannot honour and would have to ignore.
 
     Raises:
-        CapabilityError: Images, response formats.
+        CapabilityError: Images.
     """
     for i, message in enumerate(request.messages):
         for j, part in enumerate(message.content):
@@ -334,28 +334,17 @@ def require_supported(request: chat_pb2.ChatRequest) -> None:
                     capability="vision",
                     field=f"messages[{i}].content[{j}].image",
                 )
-    _require_free_form(request)
 
 
 def require_completion_supported(request: completion_pb2.CompleteRequest) -> None:
     """Refuse what this release cannot honour and would have to ignore.
 
     Raises:
-        CapabilityError: Log-probabilities of a prompt, response formats.
+        CapabilityError: Log-probabilities of a prompt.
     """
     if request.echo and request.sampling.HasField("top_logprobs"):
         raise CapabilityError(
             "echo and top_logprobs do not go together: log-probabilities of prompts are not computed.",
             capability="prompt_logprobs",
             field="echo",
-        )
-    _require_free_form(request)
-
-
-def _require_free_form(request: chat_pb2.ChatRequest | completion_pb2.CompleteRequest) -> None:
-    if request.response_format.WhichOneof("format") is not None:
-        raise CapabilityError(
-            "Response formats are not supported in this release.",
-            capability="structured_output",
-            field="response_format",
         )

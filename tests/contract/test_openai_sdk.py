@@ -200,7 +200,15 @@ class TestErrors:
             ({"max_tokens": 0}, "max_tokens"),
             ({"messages": [{"role": "alien", "content": "x"}]}, "messages[0].role"),
             ({"messages": [{"role": "user", "content": ""}]}, "messages[0].content"),
-            ({"response_format": {"type": "json_object"}}, "response_format"),
+            (
+                {
+                    "response_format": {
+                        "type": "json_schema",
+                        "json_schema": {"name": "n", "schema": {"properties": {"a": {"not": {}}}}},
+                    }
+                },
+                "response_format.json_schema.schema",
+            ),
             (
                 {
                     "messages": [

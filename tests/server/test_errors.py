@@ -144,9 +144,6 @@ async def test_all_bad_fields_are_named_together(inference: Any) -> None:
 UNSUPPORTED: list[tuple[str, str, Change]] = [
     ("vision", "messages[0].content[1].image", lambda r: r.messages[0].content.add(
         image=chat_pb2.ImageContent(data=b"x", mime_type="image/png"))),
-    ("structured_output", "response_format",
-        lambda r: r.response_format.json_object.CopyFrom(chat_pb2.JsonObjectFormat())),
-    ("structured_output", "response_format", lambda r: setattr(r.response_format, "regex", "a+")),
 ]  # fmt: skip
 
 
