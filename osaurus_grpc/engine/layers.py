@@ -87,15 +87,13 @@ def merge(rows: Sequence[Sequence[Any]]) -> list[Any]:
     return [layer[0].merge(list(layer)) for layer in zip(*rows, strict=True)]
 
 
-def prepare(caches: Sequence[Any], lengths: Sequence[int]) -> bool:
-    """Tell batch caches that the next pass is right-padded; returns whether it is."""
+def prepare(caches: Sequence[Any], lengths: Sequence[int]) -> None:
+    """Tell batch caches how many tokens of the next pass are each row's; the rest is right padding."""
     longest = max(lengths)
     padding = [longest - length for length in lengths]
-    if not any(padding):
-        return False
-    for cache in caches:
-        cache.prepare(lengths=list(lengths), right_padding=padding)
-    return True
+    if any(padding):
+        for cache in caches:
+            cache.prepare(lengths=list(lengths), right_padding=padding)
 
 
 def finalize(caches: Sequence[Any], lengths: Sequence[int]) -> None:
@@ -103,7 +101,9 @@ def finalize(caches: Sequence[Any], lengths: Sequence[int]) -> None:
     longest = max(lengths)
     padding = [longest - length for length in lengths]
     for cache in caches:
-        if type(cache) is BatchKVCache:
+        if type(cache) is not BatchKVCache:
+            cache.finalize()  # also without padding: recurrent caches would count it down for ever
+        elif any(padding):
             # mlx-lm rolls each row by a gather over all its elements; a row is shifted as a whole here.
             cache.keys = _shifted(cache.keys, padding, cache._idx)
             cache.values = _shifted(cache.values, padding, cache._idx)
@@ -111,8 +111,6 @@ def finalize(caches: Sequence[Any], lengths: Sequence[int]) -> None:
             cache.offset = cache.offset - shift
             cache.left_padding = cache.left_padding + shift
             cache._right_padding = None
-        else:
-            cache.finalize()
 
 
 def _shifted(state: mx.array, padding: Sequence[int], length: int) -> mx.array:

@@ -85,9 +85,9 @@ class Prefill:
         caches: list[Any] = group[0].caches
         if len(group) > 1:
             caches = layers.merge([row.caches for row in group])
-        is_padded = layers.prepare(caches, lengths)
+            layers.prepare(caches, lengths)
         logits = self._head.logits(ids, caches, [length - 1 for length in lengths])
-        if is_padded:
+        if len(group) > 1:
             layers.finalize(caches, lengths)
         for row in group:
             row.tokens.extend(row.pending)
