@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from osaurus_grpc.engine import layers
 from osaurus_grpc.engine.batch import Batch
 from osaurus_grpc.engine.footprint import measure
 from osaurus_grpc.engine.memory import KVBudget, KVFootprint, KVMemory
@@ -351,3 +352,23 @@ async def test_two_models_share_a_small_budget():
         assert answers[:4] == answers[4:]
         await engine.detach("other")
         assert len(await answer(engine, asked[0])) == 150
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+async def test_large_caches_are_joined_and_cut_in_turn_with_the_same_text(kind, monkeypatch):
+    asked = [request(prompt=(1, 2, 3) * i, max_tokens=4 + 3 * i) for i in range(1, 7)]
+    async with running_engine(kind=kind) as engine:
+        expected = [await answer(engine, one) for one in asked]
+        turns = 0
+        evaluate = layers.mx.eval
+
+        def counted(*arrays: Any) -> None:
+            nonlocal turns
+            turns += 1
+            evaluate(*arrays)
+
+        monkeypatch.setattr(layers, "_TURN_BYTES", 1)
+        monkeypatch.setattr(layers.mx, "eval", counted)
+        assert await asyncio.gather(*(answer(engine, one) for one in asked)) == expected
+        monkeypatch.undo()
+    assert turns > len(asked)
