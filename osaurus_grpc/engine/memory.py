@@ -199,21 +199,26 @@ class KVMemory:
         """
         rows = list(running)
         available = self._budget.limit_bytes - self._budget.running_elsewhere(self)
+        needed = self._needed(rows)
         victims: list[Sequence] = []
-        if self._needed(rows) > available:
+        if needed > available:
             rows.sort(key=_age)
             spared = 1 if rows[0].submitted_at <= self._budget.oldest_elsewhere(self) else 0
-            while len(rows) > spared and self._needed(rows) > available:
+            while len(rows) > spared and needed > available:
                 victims.append(rows.pop())
+                needed = self._needed(rows)
         for victim in victims:
             victim.preemptions += 1
         self._budget.preemptions += len(victims)
-        self.note(rows)
+        self._note(rows, needed)
         return victims
 
     def note(self, rows: list[Sequence]) -> None:
         """These sequences run now; let kept beginnings make way for them."""
-        self.running_bytes = self._needed(rows)
+        self._note(rows, self._needed(rows))
+
+    def _note(self, rows: list[Sequence], needed: int) -> None:
+        self.running_bytes = needed
         self.oldest = min(map(_age, rows), default=_FOREVER)
         self._budget.press(self)
 
@@ -223,7 +228,11 @@ class KVMemory:
 
 
 class Opening:
-    """One round of admissions; made by KVMemory.opening()."""
+    """One round of admissions; made by KVMemory.opening().
+
+    Attributes:
+        is_full: Not even a sequence without tokens would fit.
+    """
 
     def __init__(
         self, memory: KVMemory, budget: KVBudget, footprint: KVFootprint, running: Iterable[Sequence]
@@ -236,13 +245,14 @@ class Opening:
         self._elsewhere = budget.running_elsewhere(memory)
         # Sequences of this round that did not fit and that others may still pass.
         self._passed: list[Sequence] = []
+        self.is_full = not self._has_room(0)
 
     def take(self, sequence: Sequence) -> bool:
         """Let a sequence in, where it fits and passes nobody it must not; call in order of arrival."""
         impatient = self._budget.impatient
         if impatient is not None and impatient is not sequence:
             return False
-        if not self._fits(sequence):
+        if not self._has_room(_grown(sequence)):
             if sequence.passed >= _PATIENCE:
                 self._budget.impatient = sequence
             self._passed.append(sequence)
@@ -256,13 +266,14 @@ class Opening:
         self._rows.append(sequence)
         self._longest = max(self._longest, _grown(sequence))
         self._memory.note(self._rows)
+        self.is_full = not self._has_room(0)
         return True
 
-    def _fits(self, sequence: Sequence) -> bool:
+    def _has_room(self, tokens: int) -> bool:
+        """Whether another sequence, which grows to so many tokens, fits."""
         if not self._rows and not self._elsewhere:
             return True  # alone; it was found possible when it came
-        longest = max(self._longest, _grown(sequence))
-        needed = self._footprint.batch_bytes(len(self._rows) + 1, longest)
+        needed = self._footprint.batch_bytes(len(self._rows) + 1, max(self._longest, tokens))
         return needed + self._elsewhere <= self._budget.limit_bytes
 
 

@@ -154,7 +154,7 @@ class Scheduler:
         admitted: list[Sequence] = []
         skipped: list[Sequence] = []
         opening = self._memory.opening(self.running.values()) if self._memory is not None else None
-        while self.waiting and free > 0:
+        while self.waiting and free > 0 and not (opening is not None and opening.is_full):
             sequence = self.waiting.popleft()
             if self._is_held(sequence, [*prefilling, *admitted]):
                 skipped.append(sequence)
