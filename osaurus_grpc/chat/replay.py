@@ -22,12 +22,12 @@ You can call functions. They are listed below, one JSON object a line.
 
 {tools}
 
-To call a function, answer with nothing but its name and arguments in this form:
-<tool_call>
-{{"name": "FUNCTION", "arguments": {{"ARGUMENT": VALUE}}}}
-</tool_call>
+To call a function, answer with nothing but its name and its arguments in this form:
+"""
+_AFTER_EXAMPLE: Final = """
 Write one such block for each call. The results come in the next message. Where no function is needed, \
 answer in plain text."""
+_EXAMPLE: Final = ToolCall("call00000", "FUNCTION", '{"ARGUMENT": "VALUE"}')
 
 
 def tool_json(tool: ToolSpec) -> JSON:
@@ -93,7 +93,7 @@ def replayed(
         syntax: How the model writes calls.
     """
     turns = matched(messages)
-    is_native = abilities.tools
+    is_native = abilities.tools and syntax.is_native
     # A template that passes any role through and knows of no tools has no place for results.
     shows_results = abilities.results and (is_native or abilities.calls)
     if any(turn.role is Role.TOOL for turn in turns) and not shows_results:
@@ -104,16 +104,17 @@ def replayed(
         elif not abilities.many_calls:
             turns = list(_one_call_a_turn(turns))
     if tools and not is_native:
-        turns = _with_system(turns, instructions(tools))
+        turns = _with_system(turns, instructions(tools, syntax))
     if not abilities.system:
         turns = _without_system(turns)
     return Replay(turns, [tool_json(tool) for tool in tools] if is_native else [])
 
 
-def instructions(tools: Iterable[ToolSpec]) -> str:
-    """Tells a model that knows of no tools about them, and how to call one."""
+def instructions(tools: Iterable[ToolSpec], syntax: CallSyntax) -> Spliced:
+    """Tells a model whose template knows of no tools about them, and how to call one."""
     lines = (json.dumps(tool_json(tool), ensure_ascii=False) for tool in tools)
-    return _INSTRUCTIONS.format(tools="\n".join(lines))
+    opening = _INSTRUCTIONS.format(tools="\n".join(lines))
+    return Spliced.of(((opening, False), *write_calls(syntax, [_EXAMPLE]).parts, (_AFTER_EXAMPLE, False)))
 
 
 def _with_calls_as_text(turn: Message, syntax: CallSyntax) -> Message:
@@ -162,24 +163,29 @@ def _one_call_a_turn(turns: Sequence[Message]) -> Iterable[Message]:
                 yield result
 
 
-def _with_system(turns: Sequence[Message], text: str) -> list[Message]:
+def _with_system(turns: Sequence[Message], text: Spliced) -> list[Message]:
     first = turns[0]
     if first.role in (Role.SYSTEM, Role.DEVELOPER):
-        content = f"{first.content}\n\n{text}" if first.content else text
+        lead = [(f"{first.content}\n\n", False)] if first.content else []
+        content = Spliced.of((*lead, *text.parts))
         return [replace(first, content=content), *turns[1:]]
     return [Message(Role.SYSTEM, text), *turns]
 
 
 def _without_system(turns: Sequence[Message]) -> list[Message]:
     """System messages put before what the user says next (Gemma 2)."""
-    held: list[str] = []
+    held: list[tuple[str, bool]] = []
     found: list[Message] = []
     for turn in turns:
         if turn.role in (Role.SYSTEM, Role.DEVELOPER):
-            held.append(turn.content)
+            held += [*_parts(turn.content), ("\n\n", False)]
         elif held and turn.role is Role.USER:
-            found.append(replace(turn, content="\n\n".join([*held, turn.content])))
+            found.append(replace(turn, content=Spliced.of((*held, *_parts(turn.content)))))
             held = []
         else:
             found.append(turn)
-    return [*found, Message(Role.USER, "\n\n".join(held))] if held else found
+    return [*found, Message(Role.USER, Spliced.of(held[:-1]))] if held else found
+
+
+def _parts(text: str) -> tuple[tuple[str, bool], ...]:
+    return text.parts if isinstance(text, Spliced) else ((text, False),)

@@ -30,7 +30,12 @@ _GROUP_BYTES = 128 * 2**20
 _UNKNOWN_CONTEXT_LENGTH = 32_768
 # Special tokens by which chat templates end a turn; a model whose configuration forgets to name its
 # own would talk on to itself.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|endoftext|>")
+_TURN_ENDS = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|endoftext|>"),
+    *("<|call|>", "<|return|>"),
+)
+# gpt-oss ends each of several messages of a turn with this.
+_MESSAGE_END = "<|end|>"
 
 
 class MlxHost(Protocol):
@@ -175,6 +180,8 @@ def _load_tokenizer(entry: ModelEntry) -> tuple[Any, frozenset[int]]:
     template = str(tokenizer.chat_template or "")
     for text in _TURN_ENDS:
         token_id = tokenizer.convert_tokens_to_ids(text)
+        if text == _MESSAGE_END and "<|channel|>" in template:
+            continue
         if text in template and token_id is not None and token_id in tokenizer.all_special_ids:
             ends.add(token_id)
     return tokenizer, frozenset(int(end) for end in ends)

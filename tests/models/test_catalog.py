@@ -195,9 +195,12 @@ def test_lengths_are_found_in_a_nested_text_configuration(models_dir: Path) -> N
     ("model_type", "template", "expected"),
     [
         ("llama", None, {Capability.COMPLETION}),
-        ("llama", CHAT_TEMPLATE, {Capability.COMPLETION, Capability.CHAT}),
-        ("llama", "{% if tools %}x{% endif %}", {Capability.COMPLETION, Capability.CHAT, Capability.TOOLS}),
-        ("qwen3", "<think>\n", {Capability.COMPLETION, Capability.CHAT, Capability.REASONING}),
+        ("llama", CHAT_TEMPLATE, {Capability.COMPLETION, Capability.CHAT, Capability.TOOLS}),
+        (
+            "qwen3",
+            "<think>\n",
+            {Capability.COMPLETION, Capability.CHAT, Capability.TOOLS, Capability.REASONING},
+        ),
         ("bert", None, {Capability.EMBEDDING}),
         ("modernbert", CHAT_TEMPLATE, {Capability.EMBEDDING}),
     ],

@@ -198,6 +198,13 @@ class AnswerReader:
         count = 0
         while True:
             behind = source.position
+            if count:
+                yield from source.skip(_SPACE)
+                begins = source.position
+                if (yield from source.takes_any(syntax.marks)):
+                    # The next section, which begins as this one did.
+                    source.position = begins
+                    return
             yield from source.skip(noise)
             if close and (yield from source.takes(close)):
                 if not count:

@@ -264,6 +264,7 @@ _TEMPLATE_SIGNS: Final[tuple[tuple[tuple[str, ...], CallSyntax], ...]] = (
     (("<|/tool_call|>",), PHI_4),
     (("<|tool_call|>",), GRANITE),
     ((">>>",), FUNCTIONARY_32),
+    (("]<]minimax[>[",), FALLBACK),  # MiniMax M3's, whose marks hold their own brackets
     (("<tool_call>",), HERMES),
     (("<function=",), FUNCTIONARY_31),
     (('{"name": function name, "parameters"',), LLAMA),
