@@ -28,6 +28,7 @@ from osaurus_grpc.errors import (
     CapabilityError,
     DrainingError,
     EngineError,
+    InsufficientMemoryError,
     InvalidRequestError,
     ModelNotFoundError,
     OsaurusError,
@@ -326,6 +327,7 @@ class Engine:
             DrainingError: The engine is stopping, or the model was unloaded.
         """
         attached = self._check(request)
+        await self._require_memory(attached, request)
         seed = request.sampling.seed
         sequence = Sequence(request, secrets.randbits(62) if seed is None else seed)
         inbox = self._inboxes[sequence] = _Inbox()
@@ -405,6 +407,15 @@ class Engine:
             if inbox := self._inboxes.get(sequence):
                 inbox.put(event)
 
+    async def _require_memory(self, attached: _Attached, request: GenerationRequest) -> None:
+        """Refuse what would not fit even alone, by the memory that is free now."""
+        try:
+            attached.memory.require_possible(len(request.prompt), request.max_tokens)
+        except InsufficientMemoryError:
+            # Less may have been free when the budget was set, which is when a model last came or went.
+            await self.call(self._worker.adapt)
+            attached.memory.require_possible(len(request.prompt), request.max_tokens)
+
     def _check(self, request: GenerationRequest) -> _Attached:
         """Refuse what would fail, or kill the process, inside a step."""
         self._require_running()
@@ -428,7 +439,6 @@ class Engine:
                     f"logit_bias: {token_id} is not a token id of this model (0 to {vocab_size - 1}).",
                     field="sampling.logit_bias",
                 )
-        attached.memory.require_possible(len(request.prompt), request.max_tokens)
         if self._waiting >= self._max_waiting + max(0, self._max_batch_size - attached.running):
             raise OverloadedError(
                 "Too many requests are waiting; try again shortly.", retry_after_seconds=1.0

@@ -1,7 +1,8 @@
 """The one thread that reads and writes prefix files, and what waits for it.
 
 Restores go before saves: somebody waits for them. A restore takes one run at a time, so that several
-take turns; a save waits with its arrays, which it pins, and is dropped where too many bytes wait.
+take turns; a save waits with its arrays, which it pins beyond the KV budget, and is dropped where too
+many bytes wait: the next request that goes on from there has it written.
 Dropping old files to make room is part of a save.
 """
 

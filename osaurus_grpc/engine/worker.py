@@ -144,6 +144,10 @@ class Worker:
         """Return the memory of dropped models to the system. On the MLX thread only."""
         gc.collect()
         mx.clear_cache()
+        self.adapt()
+
+    def adapt(self) -> None:
+        """Set a KV budget that is not fixed by the memory that is free. On the MLX thread only."""
         self._budget.adapt(memory_bytes())
 
     def _run(self) -> None:

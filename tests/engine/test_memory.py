@@ -257,6 +257,12 @@ async def test_a_request_that_can_never_fit_is_refused_before_any_work():
         assert len(await answer(engine, request(prompt=(1,) * 500, max_tokens=100))) == 100
 
 
+async def test_a_budget_set_while_memory_was_short_is_set_anew_before_anything_is_refused(engine):
+    await engine.call(lambda: setattr(engine._budget, "limit_bytes", 1000))
+    assert len(await answer(engine, request(max_tokens=5))) == 5
+    assert engine.stats().kv_budget_bytes > 2**20
+
+
 def watch_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Note the largest size that the caches of a batch, kept ones included, have after a step."""
     largest = 0
