@@ -203,11 +203,12 @@ class BatchSampler:
     """Samples a batch whose rows are RowSamplers; keeps what depends only on which rows there are.
 
     Args:
-        on_host: Draw on the host; the logits are awaited then, unless all rows are greedy.
+        on_host: Draw on the host, where the logits are awaited, unless all rows are greedy; None does
+            so where the device is the host.
     """
 
-    def __init__(self, *, on_host: bool = _IS_HOST) -> None:
-        self._on_host = on_host
+    def __init__(self, *, on_host: bool | None = None) -> None:
+        self._on_host = _IS_HOST if on_host is None else on_host
         self._rows: tuple[RowSampler, ...] = ()
         self._greedy: list[int] = []
         self._plain: list[int] = []

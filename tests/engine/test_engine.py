@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from osaurus_grpc.engine import sampling
 from osaurus_grpc.engine.types import (
     GenerationFinished,
     PrefillProgress,
@@ -93,7 +94,10 @@ SETTINGS = [
 ]
 
 
-async def test_a_seeded_request_gives_the_same_whatever_runs_beside_it(engine):
+@pytest.mark.parametrize("on_host", [True, False])
+async def test_a_seeded_request_gives_the_same_whatever_runs_beside_it(engine, monkeypatch, on_host):
+    """Drawn on the host, or by the device with a step in flight."""
+    monkeypatch.setattr(sampling, "_IS_HOST", on_host)
     asked = [
         request(
             prompt=prompt,
