@@ -42,6 +42,7 @@ class Settings:
         max_pause_steps: How many decode steps long a prefill chunk may make running streams pause.
         prompt_cache_bytes: Of KV caches that each model keeps for requests that begin alike; 0 keeps
             none, negative takes a tenth of the memory.
+        prompt_cache_bits: Of keys and values while they are kept so: 8, 4, or 0 for as they are. TODO
         kv_cache_bytes: Of the KV caches of all models, of running requests and kept ones; negative
             takes three quarters of the memory that is free when the weights are in.
         prompt_cache_dir: Where KV caches are written, to be found again after a restart; None writes none.
@@ -80,6 +81,7 @@ class Settings:
     prefill_chunk_tokens: int = 512
     max_pause_steps: int = 4
     prompt_cache_bytes: int = -1
+    prompt_cache_bits: int = 0
     kv_cache_bytes: int = -1
     prompt_cache_dir: Path | None = None
     prompt_cache_dir_bytes: int = -1
@@ -197,6 +199,9 @@ def _add_limits(target: configargparse.ArgumentParser, defaults: Settings) -> No
         default=defaults.prompt_cache_bytes,
         help="of KV caches that a model keeps for requests that begin alike, 0 for none "
         "(default a tenth of the memory)")  # fmt: skip
+    add("--prompt-cache-bits", env_var="OSAURUS_PROMPT_CACHE_BITS", type=int, choices=(0, 4, 8),
+        default=defaults.prompt_cache_bits,
+        help="quantize KV caches while they are kept: TODO (default 0: kept as they are)")  # fmt: skip
     add("--kv-cache-bytes", env_var="OSAURUS_KV_CACHE_BYTES", type=whole(-1, 2**62), metavar="N",
         default=defaults.kv_cache_bytes,
         help="of the KV caches of all models together; requests wait while theirs would not fit "
@@ -272,6 +277,7 @@ def from_namespace(values: argparse.Namespace) -> Settings:
         prefill_chunk_tokens=values.prefill_chunk_tokens,
         max_pause_steps=values.max_pause_steps,
         prompt_cache_bytes=values.prompt_cache_bytes,
+        prompt_cache_bits=values.prompt_cache_bits,
         kv_cache_bytes=values.kv_cache_bytes,
         prompt_cache_dir=values.prompt_cache_dir,
         prompt_cache_dir_bytes=values.prompt_cache_dir_bytes,

@@ -6,10 +6,12 @@ are gRPC's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from osaurus_grpc.engine.engine import EngineStats
@@ -29,6 +31,24 @@ _ENGINE_GAUGES: Final = (
     ("osaurus_kv_disk_bytes", "KV caches in files.", "kv_disk_bytes"),
     ("osaurus_kv_preemptions", "Times a sequence gave its place back for want of memory.", "preemptions"),
 )
+_ENGINE_COUNTERS: Final = (
+    ("osaurus_prompt_cache_lookups", "Prompts looked for in kept KV caches.", "cache_lookups"),
+    ("osaurus_prompt_cache_hits", "Prompts of which a beginning was kept.", "cache_hits"),
+    ("osaurus_prompt_cache_reused_tokens", "Prompt tokens not computed.", "cache_tokens_reused"),
+    ("osaurus_prompt_cache_evictions", "Parts of kept KV caches dropped for room.", "cache_evictions"),
+)
+
+
+class _EngineCounters(Collector):
+    """Counters that the engine keeps itself, read anew at each collection."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        stats = self._stats()
+        for name, text, field in _ENGINE_COUNTERS:
+            yield CounterMetricFamily(name, text, value=getattr(stats, field))
 
 
 class Telemetry:
@@ -64,6 +84,7 @@ class Telemetry:
         """Report the engine's load, read anew at each collection. Call once."""
         for name, text, field in _ENGINE_GAUGES:
             Gauge(name, text, registry=self.registry).set_function(_reader(stats, field))
+        self.registry.register(_EngineCounters(stats))
 
     def call_ended(self, *, method: str, model: str, code: str, seconds: float) -> None:
         """Count a call.

@@ -61,6 +61,10 @@ class EngineStats:
         kv_budget_bytes: What both together may take.
         kv_disk_bytes: KV caches in files.
         preemptions: Times a sequence gave its place back because memory ran out.
+        cache_lookups: Prompts whose beginning was looked for in kept KV caches.
+        cache_hits: Those that had one.
+        cache_tokens_reused: Prompt tokens that were not computed therefore.
+        cache_evictions: Parts of kept KV caches dropped to make room.
     """
 
     running: int
@@ -72,6 +76,10 @@ class EngineStats:
     kv_budget_bytes: int
     kv_disk_bytes: int
     preemptions: int
+    cache_lookups: int
+    cache_hits: int
+    cache_tokens_reused: int
+    cache_evictions: int
 
 
 @dataclass(slots=True)
@@ -115,6 +123,7 @@ class Engine:
         max_pause_steps: Decode steps that a prefill chunk may take as long as while others decode.
         prompt_cache_bytes: Of the KV caches that each model keeps for requests that begin alike; 0
             keeps none.
+        prompt_cache_bits: Quantize these to 8 or 4 bits while they are kept; 0 keeps them as they are.
         kv_cache_bytes: Of the KV caches of all models, running and kept; negative is a share of the
             memory that is free when their weights are in.
         prefix_disk: Keeps beginnings beyond the end of the process; the engine starts and stops it.
@@ -128,6 +137,7 @@ class Engine:
         prefill_chunk_tokens: int,
         max_pause_steps: int = 4,
         prompt_cache_bytes: int = 0,
+        prompt_cache_bits: int = 0,
         kv_cache_bytes: int = -1,
         prefix_disk: PrefixDisk | None = None,
     ) -> None:
@@ -141,6 +151,7 @@ class Engine:
             prefill_chunk_tokens=prefill_chunk_tokens,
             max_pause_steps=max_pause_steps,
             prompt_cache_bytes=prompt_cache_bytes,
+            prompt_cache_bits=prompt_cache_bits,
             budget=self._budget,
             prefix_disk=prefix_disk,
         )
@@ -300,6 +311,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What the engine is doing now, and did since it started."""
+        cache = self._worker.prompt_cache_counters
         return EngineStats(
             running=len(self._inboxes) - self._waiting,
             waiting=self._waiting,
@@ -310,6 +322,10 @@ class Engine:
             kv_budget_bytes=self._budget.limit_bytes,
             kv_disk_bytes=self._prefix_disk.nbytes if self._prefix_disk is not None else 0,
             preemptions=self._budget.preemptions,
+            cache_lookups=cache.lookups,
+            cache_hits=cache.hits,
+            cache_tokens_reused=cache.tokens_reused,
+            cache_evictions=cache.evictions,
         )
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:

@@ -45,21 +45,19 @@ _STABLE_SHARE = 0.5
 
 @dataclass(slots=True)
 class PromptCacheCounters:
-    """What all stores of a process did and hold.
+    """What all stores of a process did.
 
     Attributes:
         lookups: Prompts looked up.
         hits: Those of which a beginning was found.
         tokens_reused: Tokens of those beginnings.
         evictions: Records dropped to make room.
-        nbytes: Bytes held.
     """
 
     lookups: int = 0
     hits: int = 0
     tokens_reused: int = 0
     evictions: int = 0
-    nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +167,8 @@ class PromptCache:
         self._allowed_bytes = 2**62
         # Called after store() with what it was given.
         self.on_store: Callable[[Chain, Sequence[int]], None] | None = None
-        self.slots = Slots(int(_SLOT_SHARE * max_bytes) if layout.is_plain else 0)
+        # Slots hold caches as they are, which whoever asks for quantized ones has no room for.
+        self.slots = Slots(int(_SLOT_SHARE * max_bytes) if layout.is_plain and not bits else 0)
 
     @property
     def nbytes(self) -> int:
@@ -460,7 +459,6 @@ class PromptCache:
         self._records[key] = held
         self._ordinary[key] = None
         self._bytes += held.nbytes
-        self._counters.nbytes += held.nbytes
         if isinstance(record, End):
             self._ends.setdefault(record.block, {})[record.tail] = None
 
@@ -498,7 +496,6 @@ class PromptCache:
         held = self._records.pop(key)
         del (self._stable if held.is_stable else self._ordinary)[key]
         self._bytes -= held.nbytes
-        self._counters.nbytes -= held.nbytes
         self._stable_bytes -= held.nbytes if held.is_stable else 0
         if isinstance(held.record, End):
             tails = self._ends[held.record.block]

@@ -19,7 +19,7 @@ from osaurus_grpc.engine.batch import Batch, self_test
 from osaurus_grpc.engine.memory import KVBudget, KVMemory
 from osaurus_grpc.engine.persistence import Persistence
 from osaurus_grpc.engine.prefix_disk import PrefixDisk
-from osaurus_grpc.engine.prompt_cache import PromptCache, prompt_cache_of
+from osaurus_grpc.engine.prompt_cache import PromptCache, PromptCacheCounters, prompt_cache_of
 from osaurus_grpc.engine.runner import Delivery, Runner
 from osaurus_grpc.engine.scheduler import Scheduler
 from osaurus_grpc.models.platform import memory_bytes, mx
@@ -40,8 +40,12 @@ class Worker:
         prefill_chunk_tokens: Prompt tokens between two decode steps at most.
         max_pause_steps: Decode steps that such a chunk may take as long as.
         prompt_cache_bytes: Of a model's kept beginnings; 0 keeps none.
+        prompt_cache_bits: Quantize them to 8 or 4 bits; 0 keeps them as they are.
         budget: Of the KV caches of all models.
         prefix_disk: Keeps beginnings beyond the end of the process; None keeps none.
+
+    Attributes:
+        prompt_cache_counters: What the kept beginnings were good for; other threads may read it.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Worker:
         prefill_chunk_tokens: int,
         max_pause_steps: int,
         prompt_cache_bytes: int,
+        prompt_cache_bits: int,
         budget: KVBudget,
         prefix_disk: PrefixDisk | None = None,
     ) -> None:
@@ -62,6 +67,8 @@ class Worker:
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self._max_pause_steps = max_pause_steps
         self._prompt_cache_bytes = prompt_cache_bytes
+        self._prompt_cache_bits = prompt_cache_bits
+        self.prompt_cache_counters = PromptCacheCounters()
         self._budget = budget
         self._prefix_disk = prefix_disk
         self._memories: dict[str, KVMemory] = {}
@@ -104,7 +111,12 @@ class Worker:
         self, model_id: str, model: object, end_tokens: tuple[int, ...], vocab_size: int, identity: str = ""
     ) -> KVMemory:
         """Take a loaded model into service; returns its part of the KV budget. On the MLX thread only."""
-        prompt_cache = prompt_cache_of(model, self._prompt_cache_bytes)
+        prompt_cache = prompt_cache_of(
+            model,
+            self._prompt_cache_bytes,
+            bits=self._prompt_cache_bits,
+            counters=self.prompt_cache_counters,
+        )
         memory = KVMemory(self._budget, footprint.measure(model), prompt_cache)
         self._budget.adapt(memory_bytes())
         scheduler = Scheduler(

@@ -145,6 +145,7 @@ class Core:
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
             max_pause_steps=settings.max_pause_steps,
             prompt_cache_bytes=_prompt_cache_bytes(settings),
+            prompt_cache_bits=settings.prompt_cache_bits,
             kv_cache_bytes=settings.kv_cache_bytes,
             prefix_disk=_prefix_disk(settings),
         )

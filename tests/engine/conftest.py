@@ -107,6 +107,7 @@ async def running_engine(
     max_waiting_requests: int = 64,
     prefill_chunk_tokens: int = 64,
     prompt_cache_bytes: int = 0,
+    prompt_cache_bits: int = 0,
     kv_cache_bytes: int = -1,
     prefix_disk: PrefixDisk | None = None,
     identity: str = "",
@@ -117,6 +118,7 @@ async def running_engine(
         max_waiting_requests=max_waiting_requests,
         prefill_chunk_tokens=prefill_chunk_tokens,
         prompt_cache_bytes=prompt_cache_bytes,
+        prompt_cache_bits=prompt_cache_bits,
         kv_cache_bytes=kv_cache_bytes,
         prefix_disk=prefix_disk,
     )

@@ -19,7 +19,7 @@ from mlx_lm.models.cache import (
 )
 
 from osaurus_grpc.engine.cache_layout import CacheLayout, Row
-from osaurus_grpc.engine.prompt_cache import PromptCache, PromptCacheCounters
+from osaurus_grpc.engine.prompt_cache import PromptCache
 from osaurus_grpc.engine.token_chain import BLOCK_TOKENS, Chain
 from osaurus_grpc.engine.types import PrefillProgress, PrefillStarted, TokensGenerated
 from osaurus_grpc.models.platform import mx
@@ -169,12 +169,11 @@ def test_a_subclass_of_a_known_cache_takes_no_part() -> None:
 
 
 def test_clearing_drops_everything() -> None:
-    counters = PromptCacheCounters()
-    store = plain_store(PLENTY, counters=counters)
+    store = plain_store(PLENTY)
     keep(store, [1] * 40, stable_tokens=16, is_end=True)
-    assert counters.nbytes == store.nbytes > 0
+    assert store.nbytes > 0
     store.clear()
-    assert counters.nbytes == store.nbytes == match(store, [1] * 41) == 0
+    assert store.nbytes == match(store, [1] * 41) == 0
     keep(store, [1] * 40)
     assert match(store, [1] * 41) == 32
 
@@ -236,3 +235,53 @@ async def test_reuse_shows_in_the_events() -> None:
         assert token_ids(first) == token_ids(again)
         last_progress = [event for event in again if isinstance(event, PrefillProgress)][-1]
         assert last_progress == PrefillProgress(90, 90)
+
+
+@pytest.mark.parametrize(("bits", "worst"), [(8, 0.03), (4, 0.5)])
+def test_quantized_records_are_smaller_and_close_to_what_was_stored(bits: int, worst: float) -> None:
+    tokens = list(range(40))
+    values = np.random.default_rng(3).standard_normal((1, 2, len(tokens), 64)).astype(np.float32)
+    caches = [KVCache(), KVCache()]
+    for cache, dim in zip(caches, (64, 20), strict=True):  # 20 has no group size, and is kept as it is
+        cache.state = mx.array(values[..., :dim]), mx.array(-values[..., :dim]), len(tokens)
+    sizes = []
+    for stored_bits in (0, bits):
+        store = PromptCache(CacheLayout([KVCache(), KVCache()]), PLENTY, bits=stored_bits)
+        store.store(Chain(), Row(caches, 0, tokens), is_end=True)
+        sizes.append(store.nbytes)
+    found = store.lookup(Chain([*tokens, 1]), [*tokens, 1])
+    assert found is not None
+    assert found.length == len(tokens)
+    grouped, whole = (np.asarray(cache.keys[:, :, : len(tokens)]) for cache in found.caches)
+    assert 0 < np.abs(grouped - values).max() < worst
+    np.testing.assert_array_equal(whole, values[..., :20])
+    float_bytes = 2 * 2 * len(tokens) * 4
+    assert sizes[0] == float_bytes * (64 + 20)
+    # A scale and a bias for each group of 64.
+    assert sizes[1] == float_bytes * (64 * bits // 32 + 2 + 20)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen3_next"])
+async def test_quantized_caches_are_reused(kind) -> None:
+    prompt = tuple((5 * i + 1) % VOCAB for i in range(100))
+    async with running_engine(kind=kind, prompt_cache_bytes=PLENTY, prompt_cache_bits=8) as engine:
+        first = await collect(engine, request(prompt=prompt, max_tokens=6))
+        again = await collect(engine, request(prompt=(*prompt, *token_ids(first), 3), max_tokens=6))
+        assert isinstance(again[0], PrefillStarted)
+        assert again[0].cached_tokens >= 105
+
+
+async def test_reuse_is_counted() -> None:
+    async with running_engine(prompt_cache_bytes=30_000) as engine:
+        prompt = tuple(range(90))
+        await answer(engine, request(prompt=prompt, max_tokens=3))
+        assert (engine.stats().cache_lookups, engine.stats().cache_hits) == (1, 0)
+        events = await collect(engine, request(prompt=prompt, max_tokens=3))
+        stats = engine.stats()
+        assert isinstance(events[0], PrefillStarted)
+        assert (stats.cache_lookups, stats.cache_hits) == (2, 1)
+        assert stats.cache_tokens_reused == events[0].cached_tokens > 0
+        assert 0 < stats.kv_kept_bytes <= 30_000
+        for start in range(1, 6):
+            await answer(engine, request(prompt=prompt[start:], max_tokens=3))
+        assert engine.stats().cache_evictions > 0
