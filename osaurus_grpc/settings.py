@@ -42,7 +42,11 @@ class Settings:
         max_pause_steps: How many decode steps long a prefill chunk may make running streams pause.
         prompt_cache_bytes: Of KV caches that each model keeps for requests that begin alike; 0 keeps
             none, negative takes a tenth of the memory.
-        prompt_cache_bits: Of keys and values while they are kept so: 8, 4, or 0 for as they are. TODO
+        prompt_cache_bits: Of keys and values while they are kept so: 8, 4, or 0 for as they are. Recurrent
+            states stay as they are. Price and gain, measured on SmolLM2 135M with 512 tokens reused: 8
+            takes 0.56 of float16's bytes, moves log-probabilities of likely tokens by up to 0.23 (mean
+            KL divergence 0.0004); 4 takes 0.31, moves them by up to 0.8 (0.027). Greedy text changed
+            after 26 and 5 tokens. Finished caches are then not continued in place but always copied.
         kv_cache_bytes: Of the KV caches of all models, of running requests and kept ones; negative
             takes three quarters of the memory that is free when the weights are in.
         prompt_cache_dir: Where KV caches are written, to be found again after a restart; None writes none.
@@ -201,7 +205,8 @@ def _add_limits(target: configargparse.ArgumentParser, defaults: Settings) -> No
         "(default a tenth of the memory)")  # fmt: skip
     add("--prompt-cache-bits", env_var="OSAURUS_PROMPT_CACHE_BITS", type=int, choices=(0, 4, 8),
         default=defaults.prompt_cache_bits,
-        help="quantize KV caches while they are kept: TODO (default 0: kept as they are)")  # fmt: skip
+        help="quantize KV caches while they are kept: 8 takes about half the memory of 16-bit values, "
+        "4 a third; reuse may then change an answer, with 4 noticeably (default 0: as they are)")  # fmt: skip
     add("--kv-cache-bytes", env_var="OSAURUS_KV_CACHE_BYTES", type=whole(-1, 2**62), metavar="N",
         default=defaults.kv_cache_bytes,
         help="of the KV caches of all models together; requests wait while theirs would not fit "

@@ -8,8 +8,10 @@ from dataclasses import replace
 from typing import Final
 
 from osaurus_grpc.chat import raw
+from osaurus_grpc.chat.stable_prefix import StablePrefixes
 from osaurus_grpc.chat.template import Rendering, apply_template, is_continuation
 from osaurus_grpc.chat.transcript import Transcript, encode_after
+from osaurus_grpc.chat.types import Message
 from osaurus_grpc.models.residency import LoadedModel
 from osaurus_grpc.server.convert import message_from_proto, template_arguments, visible_tools
 from osaurus_grpc.server.fold import ChatFold
@@ -27,11 +29,20 @@ class Conversation:
     Args:
         request: The request.
         history: What its session remembers; nothing without a session.
+        prefixes: Knows the lengths of system messages and tools.
         is_counted: The prompt's tokens are what is asked for: it need not fit the context.
     """
 
-    def __init__(self, request: chat_pb2.ChatRequest, history: History, *, is_counted: bool = False) -> None:
+    def __init__(
+        self,
+        request: chat_pb2.ChatRequest,
+        history: History,
+        prefixes: StablePrefixes,
+        *,
+        is_counted: bool = False,
+    ) -> None:
         self._request = request
+        self._prefixes = prefixes
         self._is_counted = is_counted
         self._messages = history.continued_by([message_from_proto(m) for m in request.messages])
         self._remembered = history
@@ -52,31 +63,49 @@ class Conversation:
         """
         is_short = sum(len(message.content) for message in self._messages) < _SHORT_PROMPT_CHARACTERS
         self._model = model
-        self._rendering, token_ids = (
+        self._rendering, token_ids, stable_tokens = (
             self._rendered(model) if is_short else await asyncio.to_thread(self._rendered, model)
         )
         context = self._request.context_token_ids
         if context:
+            stable_tokens = 0
             token_ids = raw.without_beginning(model.tokenizer, token_ids)
         self._prompt = (*context, *token_ids)
-        return Prompt(self._prompt, is_continued=is_continuation(self._messages))
+        return Prompt(self._prompt, is_continued=is_continuation(self._messages), stable_tokens=stable_tokens)
 
-    def _rendered(self, model: LoadedModel) -> tuple[Rendering, list[int]]:
+    def _rendered(self, model: LoadedModel) -> tuple[Rendering, list[int], int]:
+        """The conversation as text and as tokens, and how many of these are stable."""
         request = self._request
-        rendering = apply_template(
-            model.tokenizer,
-            self._messages,
-            tools=visible_tools(request),
-            template_arguments=template_arguments(request),
-            reasoning_effort=request.reasoning_effort,
-            reasoning_enabled=request.reasoning_enabled if request.HasField("reasoning_enabled") else None,
-        )
+        tools, arguments = visible_tools(request), template_arguments(request)
+        effort = request.reasoning_effort
+        enabled = request.reasoning_enabled if request.HasField("reasoning_enabled") else None
+
+        def written(messages: Sequence[Message]) -> Rendering:
+            return apply_template(
+                model.tokenizer,
+                messages,
+                tools=tools,
+                template_arguments=arguments,
+                reasoning_effort=effort,
+                reasoning_enabled=enabled,
+            )
+
+        rendering = written(self._messages)
         if not self._is_counted:
             require_fit(request, model, rendering.plain_text)
         remembered = self._remembered
         is_same_model = remembered.fingerprint == model.fingerprint
         transcript = remembered.transcript if is_same_model else None
-        return rendering, encode_after(transcript, rendering, model.tokenizer)
+        token_ids = encode_after(transcript, rendering, model.tokenizer)
+        stable_tokens = self._prefixes.length(
+            model.fingerprint,
+            self._messages,
+            tools,
+            (arguments, effort, enabled),
+            token_ids,
+            lambda messages: written(messages).encode(),
+        )
+        return rendering, token_ids, stable_tokens
 
     def observe(self, event: chat_pb2.ChatStreamResponse) -> bool:
         """Take the next event of the answer; whether it is the last, and the answer complete."""

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
 from osaurus_grpc.chat.grammar import Grammars
+from osaurus_grpc.chat.stable_prefix import StablePrefixes
 from osaurus_grpc.engine.engine import Engine
 from osaurus_grpc.models.catalog import ModelEntry
 from osaurus_grpc.models.residency import LoadedModel, Residency
@@ -76,6 +77,7 @@ class Generation:
         self._grammars = grammars
         self._telemetry = telemetry
         self._max_output_tokens = max_output_tokens
+        self._prefixes = StablePrefixes()
 
     async def chat(
         self, request: chat_pb2.ChatRequest, *, wants_progress: bool = False
@@ -96,7 +98,7 @@ class Generation:
 
         entry = await self._listing.find(request.model)
         with self._sessions.turn(_session_key(request, entry)) as turn:
-            conversation = Conversation(request, turn.history)
+            conversation = Conversation(request, turn.history, self._prefixes)
 
             def observe(event: chat_pb2.ChatStreamResponse, run: Run) -> None:
                 # Kept before the last event is out, for a caller that goes on at once.
@@ -118,7 +120,7 @@ class Generation:
         """
         require_valid(model_violations(request, model.vocab_size))
         history = self._sessions.peek(_session_key(request, model.entry))
-        return await Conversation(request, history, is_counted=True).prompt(model)
+        return await Conversation(request, history, self._prefixes, is_counted=True).prompt(model)
 
     async def complete(
         self, request: completion_pb2.CompleteRequest, *, wants_progress: bool = False

@@ -28,12 +28,14 @@ class Prompt:
         is_continued: The answer goes on with the prompt's last text, in place of beginning a turn.
         echo: Text to repeat before each answer.
         end_tokens: Token ids that end an answer beside the model's own.
+        stable_tokens: At the beginning, those of system messages and tools.
     """
 
     token_ids: tuple[int, ...]
     is_continued: bool = False
     echo: str = ""
     end_tokens: frozenset[int] = frozenset()
+    stable_tokens: int = 0
 
 
 def context_limit(request: Request, context_length: int) -> int:

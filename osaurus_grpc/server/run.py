@@ -148,6 +148,7 @@ class Run:
                 sampling=self._choice_sampling(index),
                 top_logprobs=self._top_logprobs,
                 ignore_eos=self._ignore_eos,
+                stable_prefix_tokens=self._prompt.stable_tokens,
                 constraint=None if self._constraint is None else self._constraint.fork(),
             )
             for index in range(len(self.choices))

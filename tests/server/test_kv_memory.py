@@ -51,6 +51,10 @@ def test_sixty_four_long_requests_in_little_memory_and_a_warm_start_after(
         assert metric(port, "osaurus_kv_budget_bytes") == BUDGET
         assert 0 < metric(port, "osaurus_kv_kept_bytes") <= BUDGET
         assert metric(port, "osaurus_kv_running_bytes") == 0
+        assert metric(port, "osaurus_prompt_cache_lookups_total") >= 64
+        assert metric(port, "osaurus_prompt_cache_hits_total") > 0
+        assert metric(port, "osaurus_prompt_cache_reused_tokens_total") > 0
+        assert metric(port, "osaurus_prompt_cache_evictions_total") >= 0
         first = ask(core, "Name 7.", max_tokens=24)
     prompt_tokens = first.usage.prompt_tokens
     assert prompt_tokens > 1000
