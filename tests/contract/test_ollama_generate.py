@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Iterator
 from typing import ClassVar
 
@@ -112,6 +113,16 @@ class TestGenerate:
         assert made.prompt_eval_count is not None
         assert made.eval_count is not None
         assert made.prompt_eval_count + made.eval_count == 48
+
+    def test_an_answer_of_a_given_form(self, client: ollama.Client) -> None:
+        form = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+        strict = {**form, "additionalProperties": False}
+        options = {"temperature": 0, "num_predict": 60}
+        for raw in (False, True):
+            made = client.generate(TINY, "Is it?", format=strict, options=options, raw=raw)
+            assert isinstance(json.loads(made.response or "")["ok"], bool)
+        chat = client.chat(TINY, [{"role": "user", "content": "Is it?"}], format=strict, options=options)
+        assert isinstance(json.loads(chat.message.content or "")["ok"], bool)
 
     def test_errors(self, client: ollama.Client) -> None:
         assert refused(client, suffix="end") == (400, f"{TINY} does not support insert")

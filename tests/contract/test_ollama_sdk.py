@@ -120,7 +120,6 @@ def test_errors(client: ollama.Client, stream: bool) -> None:
 
     assert error(model="nope") == (404, "model 'nope' not found")
     assert error(think=True) == (400, f'"{SMOLLM}" does not support thinking')
-    assert error(format="json")[0] == 400
     assert error(messages=[{"role": "user", "content": "x", "images": [b"hello"]}])[0] == 400
     assert error(messages=[{"role": "user", "content": "word " * 20_000}])[0] == 400
 
