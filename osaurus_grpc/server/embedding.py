@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from osaurus_grpc.chat.length import fewest_tokens
 from osaurus_grpc.engine.engine import Engine
 from osaurus_grpc.errors import ContextLengthError, InvalidRequestError
 from osaurus_grpc.models.loading import LoadedModel
@@ -60,6 +61,10 @@ def _violations(request: embedding_pb2.EmbedRequest) -> Iterator[FieldViolation]
         yield from duration_violations("keep_alive", request.keep_alive)
 
 
+# Texts that are tokenized together.
+_TEXTS_AT_ONCE = 64
+
+
 @dataclass(frozen=True, slots=True)
 class _Frame:
     """The special tokens that a tokenizer puts around a text."""
@@ -97,13 +102,42 @@ def tokenize(request: embedding_pb2.EmbedRequest, model: LoadedModel) -> list[Se
     frame = _Frame((), ())
     if request.inputs:
         frame = _Frame.of(model.tokenizer)
-        inputs = list(model.tokenizer(list(request.inputs), add_special_tokens=True)["input_ids"])
-    for i, token_ids in enumerate(inputs):
+        _require_fit(request, model)
+    made: list[Sequence[int]] = []
+    # A few at a time, so that an input that is too long is refused before those after it are looked at.
+    for start in range(0, len(request.inputs), _TEXTS_AT_ONCE):
+        texts = list(request.inputs[start : start + _TEXTS_AT_ONCE])
+        found = model.tokenizer(texts, add_special_tokens=True)["input_ids"]
+        made.extend(_fitting(found, start, request, limit, frame))
+    return made or list(_fitting(inputs, 0, request, limit, frame))
+
+
+def _require_fit(request: embedding_pb2.EmbedRequest, model: LoadedModel) -> None:
+    """Refuse a text that is longer than any that fits, before it is tokenized."""
+    if request.truncate:
+        return
+    for i, text in enumerate(request.inputs):
+        fewest = fewest_tokens(model.tokenizer, text)
+        if fewest > model.context_length:
+            raise ContextLengthError(
+                limit=model.context_length, prompt_tokens=fewest, field=f"inputs[{i}]", is_estimate=True
+            )
+
+
+def _fitting(
+    inputs: Sequence[Sequence[int]],
+    start: int,
+    request: embedding_pb2.EmbedRequest,
+    limit: int,
+    frame: _Frame,
+) -> Iterator[Sequence[int]]:
+    name = "inputs" if request.inputs else "token_inputs"
+    for i, token_ids in enumerate(inputs, start):
         if not token_ids:
-            raise InvalidRequestError(f"inputs[{i}] holds no tokens.", field=f"inputs[{i}]")
+            raise InvalidRequestError(f"{name}[{i}] holds no tokens.", field=f"{name}[{i}]")
         if len(token_ids) > limit and not request.truncate:
-            raise ContextLengthError(limit=limit, prompt_tokens=len(token_ids))
-    return [frame.cut(token_ids, limit) for token_ids in inputs]
+            raise ContextLengthError(limit=limit, prompt_tokens=len(token_ids), field=f"{name}[{i}]")
+        yield frame.cut(token_ids, limit)
 
 
 def finished(vectors: list[list[float]], *, dimensions: int | None, normalize: bool) -> np.ndarray:

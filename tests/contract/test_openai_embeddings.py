@@ -55,8 +55,9 @@ def test_dimensions(client: openai.OpenAI) -> None:
     [
         ({"input": ""}, "input"),
         ({"input": ["a"] * 2049}, "input"),
-        ({"input": "word " * 20_000}, "input"),
-        ({"input": ["a", "word " * 20_000]}, "input"),
+        ({"input": "word " * 20_000}, "input[0]"),
+        ({"input": ["a", "word " * 20_000]}, "input[1]"),
+        ({"input": "a" * 30_000_000}, "input[0]"),
         ({"input": [[1], [2**31 - 1]]}, "input[1]"),
         ({"dimensions": 1_000_000}, "dimensions"),
     ],
