@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import openai
+import pydantic
 import pytest
 from openresponses_types.types import ResponseResource
 
@@ -140,6 +142,11 @@ def smollm(smollm_http: str) -> Iterator[openai.OpenAI]:
         yield made
 
 
+class Capital(pydantic.BaseModel):
+    city: str
+    country: str
+
+
 @pytest.mark.smollm
 class TestSmolLM:
     def test_an_answer(self, smollm: openai.OpenAI) -> None:
@@ -156,3 +163,32 @@ class TestSmolLM:
         assert more.usage is not None
         # The first turn is not computed again.
         assert more.usage.input_tokens_details.cached_tokens > 0
+
+    def test_a_structured_answer(self, smollm: openai.OpenAI) -> None:
+        answer = smollm.responses.parse(
+            model=SMOLLM, input="The capital of France is Paris.", text_format=Capital, temperature=0,
+            max_output_tokens=64,
+        )  # fmt: skip
+        assert isinstance(answer.output_parsed, Capital)
+
+    def test_a_forced_call_and_its_result(self, smollm: openai.OpenAI) -> None:
+        tool = {
+            "type": "function", "name": "get_weather", "strict": True,
+            "parameters": {
+                "type": "object", "properties": {"city": {"type": "string", "maxLength": 20}},
+                "required": ["city"], "additionalProperties": False,
+            },
+        }  # fmt: skip
+        asked = smollm.responses.create(
+            model=SMOLLM, input="What is the weather in Paris?", tools=[tool], tool_choice="required",  # type: ignore[list-item]  # typed dicts
+            temperature=0, max_output_tokens=64, parallel_tool_calls=False,
+        )  # fmt: skip
+        (call,) = [item for item in asked.output if item.type == "function_call"]
+        assert call.name == "get_weather"
+        assert set(json.loads(call.arguments)) == {"city"}
+        answer = smollm.responses.create(
+            model=SMOLLM, previous_response_id=asked.id, temperature=0, max_output_tokens=16, tools=[tool],  # type: ignore[list-item]  # typed dicts
+            input=[{"type": "function_call_output", "call_id": call.call_id, "output": "Sunny, 25 degrees"}],
+            tool_choice="none",
+        )  # fmt: skip
+        assert answer.output_text
