@@ -8,11 +8,11 @@ from functools import partial
 from typing import Final
 
 from osaurus_grpc.chat.calls.answer import AnswerReader
-from osaurus_grpc.chat.calls.lark import CheckedTool, call_grammar, checked_tool
+from osaurus_grpc.chat.calls.lark import CallGrammar, CheckedTool, call_grammar, checked_tool
 from osaurus_grpc.chat.constraint import EitherConstraint
 from osaurus_grpc.chat.detokenize import token_bytes
 from osaurus_grpc.chat.gate import ReasoningGate
-from osaurus_grpc.chat.grammar import Grammars, Trigger
+from osaurus_grpc.chat.grammar import Grammar, Grammars, Trigger
 from osaurus_grpc.chat.reasoning import HARMONY, begins_open, reasoning_of
 from osaurus_grpc.chat.style import ChatStyle
 from osaurus_grpc.chat.template import chat_style
@@ -109,7 +109,7 @@ async def _calls(
         grammar = call_grammar(
             style.syntax, model.tokenizer, tools, is_forced=is_forced, is_parallel=is_parallel
         )
-        compiled = await grammars.lark(model, grammar.text, field="tools")
+        compiled = await _compiled(grammar, tools, model, grammars)
     except (CapabilityError, InvalidRequestError):
         if must_hold:
             raise
@@ -119,6 +119,18 @@ async def _calls(
         return compiled.constraint()
     begin = Trigger(token_ids=grammar.trigger_ids, text=grammar.trigger, is_required=False)
     return compiled.constraint(begin, repeats=grammar.repeats)
+
+
+async def _compiled(
+    grammar: CallGrammar, tools: list[CheckedTool], model: LoadedModel, grammars: Grammars
+) -> Grammar:
+    try:
+        return await grammars.lark(model, grammar.text, field="tools")
+    except InvalidRequestError:
+        # Compiled one by one, the schema that is at fault names itself.
+        for tool in tools:
+            await grammars.json_schema(model, tool.tool.schema_json, field=tool.field)
+        raise
 
 
 def _gated(
