@@ -61,7 +61,8 @@ def read(
 
 PARTS = st.sampled_from(
     ["<think>", "</think>", "<tool_call>", "</tool_call>", '{"name": "f", "arguments": ', '{"a": "b"}',
-     "}", "\n", "```json\n", "```", "assistant:", "Hello", " ", '{"x": 1}', "<", "[", "]", ",", '{"tool_calls": [', CALL,
+     "}", "\n", "```json\n", "```", "assistant:", "Hello", " ", '{"x": 1}', "<", "[", "]", ",",
+     '{"tool_calls": [', CALL,
      "[TOOL_CALLS]", "f[ARGS]", "<function=f>", "<parameter=a>", "</parameter>", "</function>",
      "é", '"', "\\"]
 )  # fmt: skip
