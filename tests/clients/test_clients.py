@@ -1,0 +1,49 @@
+"""Every client's cases pass, or fail as its file says. CLIENT_SUITES names the clients to run, or "all"."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.clients import results
+from tests.clients.environments import Client, clients
+from tests.conftest import MINILM, SMOLLM, TINY
+from tests.harness.processes import NO_LIMITS, core_process, rest_process
+
+_CHOSEN = os.environ.get("CLIENT_SUITES", "").replace(",", " ").split()
+
+
+@pytest.fixture(scope="session")
+def server(tiny_dir: Path, smollm_dir: Path, minilm_dir: Path, tmp_path_factory) -> Iterator[str]:
+    """Base URL of a shim whose core serves SmolLM2, tiny-llama and an embedding model."""
+    models = tmp_path_factory.mktemp("models")
+    for folder, name in ((tiny_dir, TINY), (smollm_dir, SMOLLM), (minilm_dir, MINILM)):
+        (models / name).symlink_to(folder / name)
+    # No case needs a longer answer, and one that forgets to bound it must not run for minutes.
+    flags = (*NO_LIMITS, "--max-output-tokens", "256", "--default-model", SMOLLM)
+    with core_process(models, *flags) as core, rest_process(core.address) as rest:
+        yield rest.url
+
+
+@pytest.mark.smollm
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("client", clients(), ids=lambda client: client.name)
+def test_client(client: Client, models_cache: Path, request: pytest.FixtureRequest) -> None:
+    if client.name not in _CHOSEN and "all" not in _CHOSEN:
+        pytest.skip('CLIENT_SUITES does not name it, nor says "all"')
+    settings = {
+        "SERVER_URL": request.getfixturevalue("server"),
+        "CHAT_MODEL": SMOLLM,
+        "TINY_MODEL": TINY,
+        "EMBEDDING_MODEL": MINILM,
+    }
+    cache = models_cache / "clients"
+    cache.mkdir(exist_ok=True)
+    found = client.run(cache, settings)
+    results.keep(cache, client, found)
+    failed = [f"{case.name}: {case.reason}" for case in found if case.outcome == "failed"]
+    assert not failed, "\n\n".join(failed)
+    assert any(case.outcome == "passed" for case in found)
