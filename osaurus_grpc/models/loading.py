@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from osaurus_grpc.errors import ModelUnusableError
+from osaurus_grpc.models import cpu_kernels
 from osaurus_grpc.models.catalog import ModelEntry
 from osaurus_grpc.models.embedding import Embedder, Pooling, configured_pooling
 from osaurus_grpc.models.encoder import ENCODER_TYPES, UnsupportedEncoderError, load_encoder
@@ -110,6 +111,7 @@ async def load_model(host: MlxHost, entry: ModelEntry, dtype: str) -> LoadedMode
         ModelUnusableError: Its files are damaged, or its architecture is not known.
     """
     started = time.monotonic()
+    await host.call(cpu_kernels.install)
     tokenizer, eos_token_ids = await asyncio.to_thread(_load_tokenizer, entry)
     is_encoder = entry.architecture in ENCODER_TYPES
     build = _build_encoder if is_encoder else _build

@@ -27,6 +27,7 @@ MLX_ROOMS = {
     "osaurus_grpc.engine.kv_piece",  # cuts, joins and quantizes what was taken out
     "osaurus_grpc.models.loading",
     "osaurus_grpc.models.encoder",
+    "osaurus_grpc.models.cpu_kernels",
     "osaurus_grpc.models.embedding",
     "osaurus_grpc.models.platform",
 }

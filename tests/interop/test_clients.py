@@ -43,9 +43,7 @@ def address(tiny_dir: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module", params=CLIENTS, ids=lambda client: client.language)
-def results(
-    request: pytest.FixtureRequest, address: str, models_cache: Path, table: Table
-) -> dict[str, str]:
+def results(request: pytest.FixtureRequest, address: str, models_cache: Path, table: Table) -> dict[str, str]:
     client: ForeignClient = request.param
     if WANTED != "all" and client.language not in WANTED.split(","):
         pytest.skip(f"{client.language} is not asked for")
