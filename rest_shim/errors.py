@@ -60,6 +60,7 @@ class Refusal(Exception):
         code: OpenAI's error code.
         param: Path of the offending field in the JSON request, or None.
         headers: Further response headers.
+        details: What programs read of it beside the text, in Anthropic's dialect.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Refusal(Exception):
         code: str = "invalid_request",
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        details: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(f"{status} {code}")
         self.status = status
@@ -79,6 +81,7 @@ class Refusal(Exception):
         self.code = code
         self.param = param
         self.headers: dict[str, str] = dict(headers or {})
+        self.details: dict[str, object] = dict(details or {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,8 +239,10 @@ _ANTHROPIC_TYPES: Mapping[int, str] = {
 def anthropic_body(refusal: Refusal, request_id: str) -> dict[str, object]:
     """Anthropic's error object."""
     fallback = "api_error" if refusal.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
-    return {
-        "type": "error",
-        "error": {"type": _ANTHROPIC_TYPES.get(refusal.status, fallback), "message": refusal.message},
-        "request_id": request_id,
+    error: dict[str, object] = {
+        "type": _ANTHROPIC_TYPES.get(refusal.status, fallback),
+        "message": refusal.message,
     }
+    if refusal.details:
+        error["details"] = refusal.details
+    return {"type": "error", "error": error, "request_id": request_id}

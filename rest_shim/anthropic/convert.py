@@ -40,8 +40,10 @@ def chat_request(body: schema.MessagesBody) -> chat_pb2.ChatRequest:
     """The core's request for an answer.
 
     Raises:
-        Refusal: A block stands where it must not, or cannot be used.
+        Refusal: A block stands where it must not, or cannot be used; or the request belongs to a thread.
     """
+    if body.thread is not None:
+        raise _thread_refusal()
     request = prompt_request(body)
     request.sampling.CopyFrom(
         sampling_pb2.SamplingParams(
@@ -53,6 +55,16 @@ def chat_request(body: schema.MessagesBody) -> chat_pb2.ChatRequest:
         )
     )
     return request
+
+
+def _thread_refusal() -> Refusal:
+    # Anthropic's own clients read the details, and send the whole conversation with every turn instead.
+    return Refusal(
+        400,
+        "Threads are not kept by this server; send the whole conversation in 'messages'.",
+        param="thread",
+        details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
+    )
 
 
 def prompt_request(body: schema.CountBody) -> chat_pb2.ChatRequest:

@@ -268,3 +268,5 @@ class MessagesBody(CountBody):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[Integer, Field(ge=-1, le=MAX_INT32)] | None = None
+    # A conversation that the server holds between turns; see the refusal.
+    thread: Any = None

@@ -26,6 +26,7 @@ class AnthropicErrorDetail(Shape):
 
     type: str
     message: str
+    details: dict[str, Any] | None = None
 
 
 class AnthropicError(Shape):

@@ -72,6 +72,21 @@ class TestMessages:
         assert (body["type"], body["error"]["type"]) == ("error", "invalid_request_error")
         assert body["request_id"] == response.headers["request-id"]
 
+    async def test_threads_are_refused_in_the_way_that_lets_the_sdk_go_on(
+        self, client: anthropic.AsyncAnthropic, core: ScriptedCore
+    ) -> None:
+        thread = client.beta.messages.thread(model=MODEL, max_tokens=5)
+        with pytest.raises(anthropic.BadRequestError, match="Threads are not kept") as caught:
+            await thread.send({"role": "user", "content": "Hi"})
+        assert caught.value.body["error"]["details"]["error_code"] == "thread_unsupported_request"
+        assert not core.requests
+        thread = client.beta.messages.thread(
+            model=MODEL, max_tokens=5, unsupported_request_behavior="continue_unthreaded"
+        )
+        for text in ("Hi", "And you?"):
+            assert (await thread.send({"role": "user", "content": text})).role == "assistant"
+        assert [turn.content[0].text for turn in core.requests[-1].messages][::2] == ["Hi", "And you?"]
+
     async def test_the_betas_of_the_sdk(self, client: anthropic.AsyncAnthropic) -> None:
         message = await client.beta.messages.create(
             model=MODEL, max_tokens=5, messages=[{"role": "user", "content": "Hi"}], betas=["x-2027-01-01"]
