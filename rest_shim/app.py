@@ -32,6 +32,7 @@ from rest_shim.ollama.library import LibraryRoutes
 from rest_shim.ollama.routes import OllamaRoutes
 from rest_shim.openai.routes import OpenAIRoutes
 from rest_shim.origins import check_host, cors_headers, preflight
+from rest_shim.protocol import HttpRunner
 from rest_shim.responses.routes import ResponsesRoutes
 from rest_shim.routing import Dialect, Handler, Route, RouteTable
 from rest_shim.settings import Settings, is_loopback
@@ -97,8 +98,19 @@ class RestShim:
         self._table.register(app.router)
         return app
 
+    def answer_unreadable(self, request: web.BaseRequest, refusal: Refusal) -> web.Response:
+        """The answer to a request that no handler saw; its dialect is not known where it has no path."""
+        self._metrics.begin()
+        self._metrics.end(request.method, "unmatched", refusal.status, 0.0)
+        response = self._error(request, refusal)
+        self._put_headers(request, response)
+        return response
+
     async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Every response passes here, streams and errors too."""
+        """Every response of a handler passes here, streams and errors too."""
+        self._put_headers(request, response)
+
+    def _put_headers(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
         for name in (REQUEST_ID_HEADER, ANTHROPIC_REQUEST_ID_HEADER):
             response.headers[name] = request_id_of(request)
         response.headers["Server"] = SERVER
@@ -158,7 +170,7 @@ class RestShim:
             log.exception("request failed request_id=%s", request_id_of(request))
             return self._error(request, internal_refusal())
 
-    def _error(self, request: web.Request, refusal: Refusal) -> web.Response:
+    def _error(self, request: web.BaseRequest, refusal: Refusal) -> web.Response:
         dialect = self._table.dialect(request)
         content_type = "application/json"
         match dialect:
@@ -184,8 +196,10 @@ async def serving(settings: Settings) -> AsyncIterator[Sequence[str]]:
     http_log = log.getChild("http")
     http_log.addFilter(_is_worth_logging)
     backend = Backend(settings.core, request_timeout_seconds=settings.request_timeout_seconds)
-    runner = web.AppRunner(
-        RestShim(backend, settings).application(),
+    shim = RestShim(backend, settings)
+    runner = HttpRunner(
+        shim.application(),
+        answer=shim.answer_unreadable,
         # Without it aiohttp notices a client that leaves only at the next write.
         handler_cancellation=True,
         access_log=None,

@@ -16,11 +16,11 @@ ANTHROPIC_REQUEST_ID_HEADER = "request-id"
 
 _REQUEST_ID = web.RequestKey("request_id", str)
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:\-]{0,127}", re.ASCII)
-# What a gRPC metadata value may hold.
-_METADATA_VALUE = re.compile(r"[\x20-\x7e]+", re.ASCII)
+# What a gRPC metadata value may hold; all of a call's metadata together has 8 KiB.
+_METADATA_VALUE = re.compile(r"[\x20-\x7e]{1,6144}", re.ASCII)
 
 
-def request_id_of(request: web.Request) -> str:
+def request_id_of(request: web.BaseRequest) -> str:
     """The client's x-request-id where it is sane, else a new one; the same for a request's life."""
     known = request.get(_REQUEST_ID)
     if known is None:
@@ -43,7 +43,7 @@ def caller_of(request: web.Request) -> Caller:
     if authorization and not _METADATA_VALUE.fullmatch(authorization):
         raise Refusal(
             401,
-            "The API key holds characters that no key has.",
+            "The API key is too long, or holds characters that no key has.",
             kind="authentication_error",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},

@@ -98,7 +98,7 @@ class RouteTable:
         found = self.find(path)
         return found[0].path.replace(_REST, "}") if found else "unmatched"
 
-    def dialect(self, request: web.Request) -> Dialect:
+    def dialect(self, request: web.BaseRequest) -> Dialect:
         """Whose error shape an answer to this request has."""
         spoken: Dialect | None = request.get(SPOKEN)
         if spoken is not None:
@@ -125,7 +125,7 @@ def strip_prefix(path: str) -> str:
     return path.rstrip("/") or "/"
 
 
-def is_anthropic(request: web.Request) -> bool:
+def is_anthropic(request: web.BaseRequest) -> bool:
     """Whether a client of Anthropic's API sent a request."""
     return ANTHROPIC_HEADER in request.headers or request.path.startswith(f"{ANTHROPIC_PREFIX}/")
 
