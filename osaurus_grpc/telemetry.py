@@ -36,6 +36,8 @@ _ENGINE_COUNTERS: Final = (
     ("osaurus_prompt_cache_hits", "Prompts of which a beginning was kept.", "cache_hits"),
     ("osaurus_prompt_cache_reused_tokens", "Prompt tokens not computed.", "cache_tokens_reused"),
     ("osaurus_prompt_cache_evictions", "Parts of kept KV caches dropped for room.", "cache_evictions"),
+    ("osaurus_drafted_tokens", "Tokens guessed ahead by speculative decoding.", "drafted_tokens"),
+    ("osaurus_accepted_tokens", "Guessed tokens that became part of an answer.", "accepted_tokens"),
 )
 
 

@@ -30,6 +30,7 @@ from osaurus_grpc.engine.prefill import Prefill
 from osaurus_grpc.engine.prompt_cache import Prefix, PromptCache
 from osaurus_grpc.engine.sampling import RowSampler
 from osaurus_grpc.engine.slots import Slot
+from osaurus_grpc.engine.speculation import Speculation, Trial
 from osaurus_grpc.engine.token_chain import Chain
 from osaurus_grpc.engine.types import Token
 from osaurus_grpc.errors import OsaurusError
@@ -79,6 +80,7 @@ class Batch:
         end_tokens: Ids that end a sequence.
         batch_size: Rows at most; what is beyond it must not be inserted.
         prompt_cache: Where beginnings are found and kept; None keeps none.
+        speculation: How a sequence that is alone guesses ahead; None guesses nothing.
     """
 
     def __init__(
@@ -87,11 +89,13 @@ class Batch:
         end_tokens: Sequence[int],
         batch_size: int,
         prompt_cache: PromptCache | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self._model = model
         self._end_tokens = frozenset(end_tokens)
         self._batch_size = batch_size
         self._prompt_cache = prompt_cache
+        self._speculation = speculation
         self._prefill = Prefill(model)
         self._decoding = DecodeBatch(model)
         self._next_uid = 0
@@ -113,6 +117,7 @@ class Batch:
         ignore_eos: bool = False,
         chain: Chain | None = None,
         stable_tokens: int = 0,
+        guesses: bool = True,
     ) -> tuple[int, int]:
         """Add a sequence, to be prefilled from the next step on.
 
@@ -123,6 +128,7 @@ class Batch:
             ignore_eos: Generate max_tokens, whatever the model says.
             chain: The prompt's names; None makes them.
             stable_tokens: How many tokens at its beginning are likely to come again.
+            guesses: Whether it may guess ahead.
 
         Returns:
             Its uid, and how many of its prompt's tokens need not be computed.
@@ -152,6 +158,7 @@ class Batch:
             chain=chain,
             stable_tokens=stable_tokens,
             pauses=pauses,
+            drafts=self._speculation.drafts() if self._speculation is not None and guesses else None,
         )
         self._next_uid += 1
         self._prefill.rows.append(row)
@@ -200,6 +207,16 @@ class Batch:
         """Sequences that gain a token every step."""
         return len(self._decoding.rows)
 
+    @property
+    def trial(self) -> Trial | None:
+        """The guess that the last step verified, if it did."""
+        return self._decoding.trial
+
+    @property
+    def is_timely(self) -> bool:
+        """Whether the last step's decoding began a pass and did nothing besides."""
+        return self._decoding.is_timely
+
     def __len__(self) -> int:
         return self.prefilling + self.decoding
 
@@ -226,7 +243,7 @@ class Batch:
         events: list[BatchEvent] = []
         ended: list[BatchRow] = []
         fresh: list[BatchRow] = []
-        for row, token, end in self._decoding.step():
+        for row, token, end in self._decoding.step(guesses=not self._prefill.rows):
             events.append(Decoded(row.uid, token, end))
             if end is not None:
                 ended.append(row)
@@ -297,6 +314,8 @@ class Batch:
         self._prefill.clear()
         self._decoding.clear()
         self._unsaved.clear()
+        if self._speculation is not None and self._speculation.draft is not None:
+            self._speculation.draft.clear()
         if self._prompt_cache is not None:
             self._prompt_cache.slots.clear()
         mx.clear_cache()

@@ -9,6 +9,7 @@ from osaurus_grpc.engine.token_chain import Chain
 
 if TYPE_CHECKING:
     from osaurus_grpc.engine.sampling import RowSampler
+    from osaurus_grpc.engine.speculation import Drafts
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +28,7 @@ class BatchRow:
         chain: Names of its tokens.
         stable_tokens: Of its beginning, those that are likely to come again.
         pauses: Prompt lengths at which its prefill stops to have its state kept, in ascending order.
+        drafts: Guesses what it says next while it runs alone; None where nobody does.
     """
 
     uid: int
@@ -40,6 +42,7 @@ class BatchRow:
     chain: Chain
     stable_tokens: int = 0
     pauses: list[int] = field(default_factory=list)
+    drafts: Drafts | None = None
 
     @property
     def processed(self) -> int:

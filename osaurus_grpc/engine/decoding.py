@@ -4,13 +4,17 @@ One step is in flight: the pass for the next token is built and started before t
 awaited, so the device always has work (the scheme of mlx_lm.generate.GenerationBatch). A row's first
 token is the exception. It is read as soon as it is there, since somebody waits for it: MLX's CPU
 back end holds up whoever starts a pass until most of it is done.
+
+A row that runs alone may guess ahead (speculation.py). Its tokens are then read as they come, since
+a guess follows the last one, and one pass verifies a guess. Between two steps the state is the same
+in all cases, so rows join and leave at any time.
 """
 
 from __future__ import annotations
 
 from osaurus_grpc.models.platform import mx  # isort: skip  # first: it loads the BLAS before MLX
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 import mlx.nn as nn
@@ -19,6 +23,7 @@ import numpy as np
 from osaurus_grpc.engine import layers
 from osaurus_grpc.engine.batch_row import BatchRow
 from osaurus_grpc.engine.sampling import BatchSampler, LogprobRow
+from osaurus_grpc.engine.speculation import Drafts, Trial
 from osaurus_grpc.engine.types import Token, TokenLogprob
 from osaurus_grpc.errors import OsaurusError
 
@@ -35,6 +40,10 @@ class DecodeBatch:
 
     Args:
         model: An mlx-lm model.
+
+    Attributes:
+        trial: The guess that the last step verified, if it did.
+        is_timely: Whether the last step began a pass and did nothing besides.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -50,6 +59,8 @@ class DecodeBatch:
         # Rows whose first token is being computed.
         self._new = False
         self._steps = 0
+        self.trial: Trial | None = None
+        self.is_timely = False
 
     def join(self, rows: Sequence[BatchRow], caches: list[Any], fed: mx.array, logits: mx.array) -> None:
         """Take in rows whose prompts are processed.
@@ -79,19 +90,34 @@ class DecodeBatch:
         for row in rows:
             row.caches = []
 
-    def step(self) -> list[Result]:
+    def step(self, *, guesses: bool = False) -> list[Result]:
         """The token of each row, and how it ended, if it did; the caller then drops rows that ended.
 
         Gives nothing where the tokens that are due were read by the last step: they are fed now. The
-        pass for the token after this one is not started where every row ends with this one.
+        pass for the token after this one is not started where every row ends with this one. A row that
+        guesses may give several tokens.
+
+        Args:
+            guesses: Nobody else is there or about to join: a row that is alone may guess.
         """
-        if not self.rows or (self._feed_read() and not self._waits):
+        self.trial, self.is_timely = None, False
+        drafts = self._drafts() if guesses else None
+        is_timely = True
+        if drafts is not None and self._read is not None:
+            (row,), (last,) = self.rows, self._read
+            trial, is_timely = drafts.guess(row.tokens, last, row.tokens_left - 1, row.sampler)
+            if trial is not None:
+                self.is_timely = is_timely
+                return self._verify(row, drafts, trial, last)
+        waits = drafts is not None or self._waits
+        if not self.rows or (self._feed_read() and not waits):
             return []
         tokens, details = self._next, self._details
-        # Masks and draws on the host need what came before, so nothing can be started ahead of it.
-        starts = not (self._new or self._waits) and any(row.tokens_left > 1 for row in self.rows)
+        # Masks, guesses and draws on the host need what came before: nothing can be started ahead of it.
+        starts = not (self._new or waits) and any(row.tokens_left > 1 for row in self.rows)
         if starts:
             self._start_next()
+        self.is_timely = self.is_timely and is_timely
         ids = cast("list[int]", tokens.tolist())
         if starts:
             self._note_fed(ids)
@@ -101,6 +127,55 @@ class DecodeBatch:
             (row, *_outcome(row, token_id, detail))
             for row, token_id, detail in zip(self.rows, ids, details, strict=True)
         ]
+
+    def _drafts(self) -> Drafts | None:
+        """The only row's, where it guesses now."""
+        drafts = self.rows[0].drafts if len(self.rows) == 1 else None
+        if drafts is None or not layers.is_plain(self.caches):
+            return None
+        drafts.rest()
+        return drafts if drafts.is_active and self.rows[0].tokens_left > 1 else None
+
+    def _verify(self, row: BatchRow, drafts: Drafts, trial: Trial, last: int) -> list[Result]:
+        """One pass over the last token and a guess; the tokens up to the first that was not guessed."""
+        fed = [last, *trial.tokens]
+        self.trial = trial
+        logits = self._model(mx.array([fed]), cache=self.caches)[0]
+        results: list[Result] = []
+        accepted = 0
+        for token_id, detail in self._sampled(row, fed, logits):
+            results.append((row, *_outcome(row, token_id, detail)))
+            agrees = accepted < len(trial.tokens) and token_id == trial.tokens[accepted]
+            accepted += agrees
+            if results[-1][2] is not None or not agrees:
+                self._next, self._read = mx.array([token_id], dtype=mx.uint32), [token_id]
+                break
+        self._details = [None]
+        for cache in self.caches:
+            cache.trim(len(trial.tokens) - accepted)
+        row.tokens.extend(fed[: 1 + accepted])
+        drafts.note(trial, accepted)
+        return results
+
+    def _sampled(
+        self, row: BatchRow, fed: Sequence[int], logits: mx.array
+    ) -> Iterator[tuple[int, LogprobRow | None]]:
+        """The tokens of one row's positions, each chosen when all before it are taken as said.
+
+        Args:
+            row: The row.
+            fed: What gave the logits.
+            logits: Shape (len(fed), vocab_size).
+        """
+        if row.sampler.is_bare:
+            for token_id in cast("list[int]", mx.argmax(logits, axis=-1).tolist()):
+                yield token_id, None
+            return
+        mx.eval(logits)
+        for i, token in enumerate(fed):
+            tokens, details = self._sampler.sample([row.sampler], mx.array([token]), logits[i : i + 1])
+            start([row], tokens, details)
+            yield cast("int", tokens.item()), details[0]
 
     @property
     def _waits(self) -> bool:
@@ -126,6 +201,7 @@ class DecodeBatch:
         logits = self._model(fed[:, None], cache=self.caches)[:, -1, :]
         self._next, self._details = self._sampler.sample([row.sampler for row in self.rows], fed, logits)
         start(self.rows, self._next, self._details)
+        self.is_timely = True
         self._steps += 1
         if self._steps % STATE_EVALUATION_STEPS == 0:
             layers.evaluate(self.caches)
@@ -147,7 +223,7 @@ class DecodeBatch:
         layers.evaluate_in_turn(self.caches)
         self._next = self._next[mx.array(keep)]
         if len(keep) == 1:
-            self.caches = layers.as_single(self.caches)
+            self.caches = layers.as_single(self.caches, copies=self.rows[0].drafts is not None)
 
     def clear(self) -> None:
         """Drop all rows, whatever state an exception left them in."""

@@ -65,6 +65,8 @@ class EngineStats:
         cache_hits: Those that had one.
         cache_tokens_reused: Prompt tokens that were not computed therefore.
         cache_evictions: Parts of kept KV caches dropped to make room.
+        drafted_tokens: Tokens guessed ahead by speculative decoding.
+        accepted_tokens: Of these, tokens that became part of an answer.
     """
 
     running: int
@@ -80,6 +82,8 @@ class EngineStats:
     cache_hits: int
     cache_tokens_reused: int
     cache_evictions: int
+    drafted_tokens: int
+    accepted_tokens: int
 
 
 @dataclass(slots=True)
@@ -127,6 +131,9 @@ class Engine:
         kv_cache_bytes: Of the KV caches of all models, running and kept; negative is a share of the
             memory that is free when their weights are in.
         prefix_disk: Keeps beginnings beyond the end of the process; the engine starts and stops it.
+        prompt_lookup_tokens: Tokens that a sequence which runs alone guesses from its own text at most;
+            0 guesses none.
+        draft_tokens: Tokens that a draft model guesses for one at most.
     """
 
     def __init__(
@@ -140,6 +147,8 @@ class Engine:
         prompt_cache_bits: int = 0,
         kv_cache_bytes: int = -1,
         prefix_disk: PrefixDisk | None = None,
+        prompt_lookup_tokens: int = 0,
+        draft_tokens: int = 4,
     ) -> None:
         self._max_batch_size = max_batch_size
         self._max_waiting = max_waiting_requests
@@ -154,6 +163,8 @@ class Engine:
             prompt_cache_bits=prompt_cache_bits,
             budget=self._budget,
             prefix_disk=prefix_disk,
+            prompt_lookup_tokens=prompt_lookup_tokens,
+            draft_tokens=draft_tokens,
         )
         self._prefix_disk = prefix_disk
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -238,6 +249,7 @@ class Engine:
         vocab_size: int,
         *,
         identity: str = "",
+        draft_id: str = "",
     ) -> None:
         """Take a loaded mlx-lm model into service.
 
@@ -248,9 +260,14 @@ class Engine:
             vocab_size: Width of its logits.
             identity: Changes with weights, dtype and whatever else changes what the model computes;
                 under it, its beginnings are kept on the disk. "" keeps none there.
+            draft_id: A model in service of the same vocabulary that drafts for this one; it must stay
+                as long as this one does. "" is none.
+
+        Raises:
+            ModelUnusableError: The draft model's KV cache cannot be cut back.
         """
         memory = await self.call(
-            lambda: self._worker.attach(model_id, model, end_tokens, vocab_size, identity)
+            lambda: self._worker.attach(model_id, model, end_tokens, vocab_size, identity, draft_id)
         )
         self._models[model_id] = _Attached(vocab_size, memory)
 
@@ -326,6 +343,8 @@ class Engine:
             cache_hits=cache.hits,
             cache_tokens_reused=cache.tokens_reused,
             cache_evictions=cache.evictions,
+            drafted_tokens=self._worker.speculation_counters.drafted,
+            accepted_tokens=self._worker.speculation_counters.accepted,
         )
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:

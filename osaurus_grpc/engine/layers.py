@@ -68,16 +68,20 @@ def _as_batch(cache: Any) -> Any:
     return cache.merge([cache])
 
 
-def as_single(caches: Sequence[Any]) -> list[Any]:
-    """Plain caches of a batch's only row where that needs no copy, else the same ones."""
+def as_single(caches: Sequence[Any], *, copies: bool = False) -> list[Any]:
+    """Plain caches of a batch's only row where that needs no copy, or may copy; else the same ones."""
     if not all(type(cache) is BatchKVCache and cache.keys is not None for cache in caches):
         return list(caches)
-    if caches[0].left_padding.tolist() != [0]:
+    padding = int(caches[0].left_padding.item())
+    if padding and not copies:
         return list(caches)
     singles = []
     for cache in caches:
         single = KVCache()
-        single.state = cache.keys, cache.values, cache._idx
+        keys, values = cache.keys, cache.values
+        if padding:
+            keys, values = (mx.contiguous(array[:, :, padding : cache._idx]) for array in (keys, values))
+        single.state = keys, values, cache._idx - padding
         singles.append(single)
     return singles
 

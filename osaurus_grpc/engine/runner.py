@@ -149,6 +149,7 @@ class Runner:
             ignore_eos=request.ignore_eos,
             chain=sequence.chain,
             stable_tokens=request.stable_prefix_tokens,
+            guesses=not sequence.strikes,  # after an error it goes on by what is known to work
         )
         self.scheduler.started(sequence, uid)
         if sequence.admitted_at:
@@ -164,8 +165,15 @@ class Runner:
             return  # a prompt's last pass is still running
         if any(isinstance(event, Decoded) and self._is_first(event) for event in events):
             return  # the step waited for that pass
+        clock = self.scheduler.clock
+        if self._batch.trial is not None:
+            if self._batch.is_timely:
+                self._batch.trial.learn(seconds, clock.lone_seconds)
+            return
         decoding = sum(isinstance(event, Decoded) for event in events)
-        self.scheduler.clock.observe(seconds, decoding=decoding, prefilled=prefilled)
+        if decoding and not prefilled and not self._batch.is_timely:
+            return  # no pass was begun, or a draft model read a prompt
+        clock.observe(seconds, decoding=decoding, prefilled=prefilled)
 
     def _is_first(self, event: Decoded) -> bool:
         """Whether a token is the first one since its sequence has a row."""

@@ -16,6 +16,7 @@ batch with such a row does not start a pass before its token is known.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -187,6 +188,19 @@ class RowSampler:
     def draw(self) -> float:
         """The number in [0, 1) at which this step's cumulative distribution is inverted."""
         return min(self._random.random(), _LARGEST_DRAW)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether its token is the most probable one and nothing else is asked for."""
+        return self.is_greedy and self.penalties is None and self.guard is None and self.top_logprobs is None
+
+    def shadow(self) -> RowSampler:
+        """One that draws with the numbers that are next here, for guesses: free of penalties and masks."""
+        made = copy.copy(self)
+        made.guard = made.penalties = made.top_logprobs = None
+        made._random = random.Random()  # noqa: S311  (as above)
+        made._random.setstate(self._random.getstate())
+        return made
 
 
 @dataclass(frozen=True, slots=True)

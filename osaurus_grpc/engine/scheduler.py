@@ -41,11 +41,17 @@ class StepClock:
 
     Args:
         max_pause_steps: Decode steps that a prefill chunk may take as long as while others decode.
+
+    Attributes:
+        decode_seconds: Of a decode step; 0 while it is not known.
+        lone_seconds: Of one with a single row.
+        seconds_per_prompt_token: What a prompt token adds to a pass.
     """
 
     def __init__(self, max_pause_steps: int = 4) -> None:
         self._max_pause_steps = max_pause_steps
         self.decode_seconds = 0.0
+        self.lone_seconds = 0.0
         self.seconds_per_prompt_token = 0.0
 
     def observe(self, seconds: float, *, decoding: int, prefilled: int) -> None:
@@ -53,6 +59,8 @@ class StepClock:
         if not prefilled:
             if decoding:
                 self.decode_seconds = self._blend(self.decode_seconds, seconds)
+            if decoding == 1:
+                self.lone_seconds = self._blend(self.lone_seconds, seconds)
             return
         passes = 2 if decoding else 1
         cost = max(0.0, seconds - passes * self.decode_seconds) / prefilled

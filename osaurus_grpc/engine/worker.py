@@ -7,22 +7,28 @@ functions, which run between steps.
 
 from __future__ import annotations
 
+from osaurus_grpc.models.platform import memory_bytes, mx  # isort: skip  # first: it loads the BLAS before MLX
+
 import gc
 import logging
 import queue
 import threading
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from osaurus_grpc.engine import footprint
+from mlx_lm.models.cache import make_prompt_cache
+
+from osaurus_grpc.engine import footprint, layers
 from osaurus_grpc.engine.batch import Batch, self_test
-from osaurus_grpc.engine.memory import KVBudget, KVMemory
+from osaurus_grpc.engine.drafting import DraftModel, KeptBesideDraft
+from osaurus_grpc.engine.memory import KeptCaches, KVBudget, KVMemory
 from osaurus_grpc.engine.persistence import Persistence
 from osaurus_grpc.engine.prefix_disk import PrefixDisk
 from osaurus_grpc.engine.prompt_cache import PromptCache, PromptCacheCounters, prompt_cache_of
 from osaurus_grpc.engine.runner import Delivery, Runner
 from osaurus_grpc.engine.scheduler import Scheduler
-from osaurus_grpc.models.platform import memory_bytes, mx
+from osaurus_grpc.engine.speculation import Speculation, SpeculationCounters
+from osaurus_grpc.errors import ModelUnusableError
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +49,12 @@ class Worker:
         prompt_cache_bits: Quantize them to 8 or 4 bits; 0 keeps them as they are.
         budget: Of the KV caches of all models.
         prefix_disk: Keeps beginnings beyond the end of the process; None keeps none.
+        prompt_lookup_tokens: Tokens that a lone sequence guesses by prompt lookup at most; 0 is off.
+        draft_tokens: Tokens that a draft model guesses for one at most.
 
     Attributes:
         prompt_cache_counters: What the kept beginnings were good for; other threads may read it.
+        speculation_counters: What guesses were good for; other threads may read it.
     """
 
     def __init__(
@@ -60,6 +69,8 @@ class Worker:
         prompt_cache_bits: int,
         budget: KVBudget,
         prefix_disk: PrefixDisk | None = None,
+        prompt_lookup_tokens: int = 0,
+        draft_tokens: int = 0,
     ) -> None:
         self._deliver = deliver
         self._report_death = report_death
@@ -71,6 +82,11 @@ class Worker:
         self.prompt_cache_counters = PromptCacheCounters()
         self._budget = budget
         self._prefix_disk = prefix_disk
+        self._prompt_lookup_tokens = prompt_lookup_tokens
+        self._draft_tokens = draft_tokens
+        self.speculation_counters = SpeculationCounters()
+        # The models in service, for those that draft with them; with the width of their logits.
+        self._models: dict[str, tuple[Any, int]] = {}
         self._memories: dict[str, KVMemory] = {}
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._runners: dict[str, Runner] = {}
@@ -108,16 +124,27 @@ class Worker:
         return self._runners.get(model_id)
 
     def attach(
-        self, model_id: str, model: object, end_tokens: tuple[int, ...], vocab_size: int, identity: str = ""
+        self,
+        model_id: str,
+        model: object,
+        end_tokens: tuple[int, ...],
+        vocab_size: int,
+        identity: str = "",
+        draft_id: str = "",
     ) -> KVMemory:
-        """Take a loaded model into service; returns its part of the KV budget. On the MLX thread only."""
+        """Take a loaded model into service; returns its part of the KV budget. On the MLX thread only.
+
+        Raises ModelUnusableError where the draft model cannot draft.
+        """
+        draft = self._draft(draft_id, vocab_size)
         prompt_cache = prompt_cache_of(
             model,
             self._prompt_cache_bytes,
             bits=self._prompt_cache_bits,
             counters=self.prompt_cache_counters,
         )
-        memory = KVMemory(self._budget, footprint.measure(model), prompt_cache)
+        kept: KeptCaches = prompt_cache if draft is None else KeptBesideDraft(prompt_cache, draft)
+        memory = KVMemory(self._budget, footprint.measure(model), kept)
         self._budget.adapt(memory_bytes())
         scheduler = Scheduler(
             max_batch_size=self._max_batch_size,
@@ -127,13 +154,39 @@ class Worker:
             kept=prompt_cache,
         )
 
+        speculation = self._speculation(scheduler, draft)
+
         def make_batch() -> Batch:
-            return Batch(model, end_tokens, self._max_batch_size, prompt_cache)
+            return Batch(model, end_tokens, self._max_batch_size, prompt_cache, speculation)
 
         persistence = self._persistence(model, prompt_cache, identity)
         self._runners[model_id] = Runner(model_id, make_batch, vocab_size, scheduler, persistence)
         self._memories[model_id] = memory
+        self._models[model_id] = model, vocab_size
         return memory
+
+    def _draft(self, draft_id: str, vocab_size: int) -> DraftModel | None:
+        """What drafts for a model whose logits are so wide."""
+        if not draft_id:
+            return None
+        model, width = self._models[draft_id]
+        if not layers.is_plain(make_prompt_cache(model)):
+            raise ModelUnusableError(
+                f"Model '{draft_id}' cannot draft: its KV cache cannot be cut back.", model=draft_id
+            )
+        return DraftModel(model, min(vocab_size, width))
+
+    def _speculation(self, scheduler: Scheduler, draft: DraftModel | None) -> Speculation | None:
+        """How a model's sequences guess ahead, where they do."""
+        if not self._prompt_lookup_tokens and (draft is None or not self._draft_tokens):
+            return None
+        return Speculation(
+            lookup_tokens=self._prompt_lookup_tokens,
+            draft_tokens=self._draft_tokens,
+            draft=draft,
+            plain_seconds=lambda: scheduler.clock.lone_seconds,
+            counters=self.speculation_counters,
+        )
 
     def _persistence(self, model: object, store: PromptCache, identity: str) -> Persistence | None:
         """What keeps a model's beginnings on the disk, where it can be done."""
@@ -150,6 +203,7 @@ class Worker:
         """
         if (memory := self._memories.pop(model_id, None)) is not None:
             memory.close()
+        self._models.pop(model_id, None)
         return self._runners.pop(model_id, None)
 
     def free(self) -> None:
@@ -175,6 +229,7 @@ class Worker:
             for runner in self._runners.values():
                 runner.close()
             self._runners.clear()
+            self._models.clear()
             self.free()
         except Exception:  # what is left of the device cannot be trusted: end, and say so
             logger.critical("event=mlx_thread_died", exc_info=True)

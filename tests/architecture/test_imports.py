@@ -24,6 +24,7 @@ MLX_ROOMS = {
     "osaurus_grpc.engine.footprint",  # reads shapes off the model's own caches
     "osaurus_grpc.engine.persistence",  # turns pieces into bytes and back
     "osaurus_grpc.engine.cache_layout",  # takes rows out of mlx-lm's caches and puts them back
+    "osaurus_grpc.engine.drafting",  # runs a draft model
     "osaurus_grpc.engine.kv_piece",  # cuts, joins and quantizes what was taken out
     "osaurus_grpc.models.loading",
     "osaurus_grpc.models.encoder",

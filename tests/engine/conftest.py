@@ -24,9 +24,9 @@ VOCAB = 96
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def tiny_model(kind: str = "llama") -> Any:
+def tiny_model(kind: str = "llama", *, seed: int = 11) -> Any:
     """A random model of an architecture with float32 weights; runs on the MLX thread."""
-    mx.random.seed(11)
+    mx.random.seed(seed)
     match kind:
         case "llama":
             from mlx_lm.models import llama as family
@@ -111,8 +111,11 @@ async def running_engine(
     kv_cache_bytes: int = -1,
     prefix_disk: PrefixDisk | None = None,
     identity: str = "",
+    prompt_lookup_tokens: int = 0,
+    draft_tokens: int = 4,
+    draft: Callable[[], Any] | None = None,
 ) -> AsyncIterator[Engine]:
-    """A started engine that serves one tiny model as "tiny"."""
+    """A started engine that serves one tiny model as "tiny", with what draft makes drafting for it."""
     engine = Engine(
         max_batch_size=max_batch_size,
         max_waiting_requests=max_waiting_requests,
@@ -121,11 +124,17 @@ async def running_engine(
         prompt_cache_bits=prompt_cache_bits,
         kv_cache_bytes=kv_cache_bytes,
         prefix_disk=prefix_disk,
+        prompt_lookup_tokens=prompt_lookup_tokens,
+        draft_tokens=draft_tokens,
     )
     await engine.start()
     try:
+        if draft is not None:
+            await engine.attach("draft", await engine.call(draft), end_tokens, VOCAB)
         model = await engine.call(lambda: wrap(tiny_model(kind)))
-        await engine.attach("tiny", model, end_tokens, VOCAB, identity=identity)
+        await engine.attach(
+            "tiny", model, end_tokens, VOCAB, identity=identity, draft_id="draft" if draft else ""
+        )
         yield engine
     finally:
         await engine.stop()
