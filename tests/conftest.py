@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from filelock import FileLock
 
@@ -34,6 +35,10 @@ os.environ |= {
 # Before any test module imports MLX, since this chooses its BLAS; after the environment is set, since
 # it imports the hub client too.
 importlib.import_module("osaurus_grpc.models.platform")
+
+# How long an example takes says nothing on a machine that others use too.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 SMOLLM = "smollm2-135m-instruct"
 TINY = "tiny-llama"
