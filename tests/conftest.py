@@ -17,6 +17,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 # Set before anything imports the hub client, which reads these once. No test may see the user's
 # models, tokens or settings, nor reach the hub.
@@ -44,6 +45,11 @@ SMOLLM = "smollm2-135m-instruct"
 TINY = "tiny-llama"
 MINILM = "all-minilm-l6-v2"
 _LOCK_SECONDS = 280
+
+# How long an example takes says what else the machine does, not whether the code is right; a test that
+# hangs is ended by pytest-timeout.
+settings.register_profile("osaurus", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("osaurus")
 
 
 @pytest.fixture(scope="session", autouse=True)

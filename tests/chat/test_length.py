@@ -44,7 +44,7 @@ texts = st.lists(
 ).map("".join)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=80)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=80)
 @given(text=texts)
 @pytest.mark.parametrize("kind", ["smollm", "composing", "sentencepiece"])
 def test_no_text_has_fewer_tokens(tokenizer: Any, kind: str, text: str) -> None:

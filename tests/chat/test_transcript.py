@@ -176,7 +176,7 @@ def test_sentence_piece_keeps_its_spaces() -> None:
 words = st.lists(st.sampled_from([*"ab \n🦖é𠀀", "<|im_end|>", "<|im_start|>"]), max_size=12).map("".join)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60)
 @given(said=words, answer=words, edited=st.none() | words, following=words)
 def test_the_tokens_always_stand_for_the_text(
     tokenizer: Any, said: str, answer: str, edited: str | None, following: str

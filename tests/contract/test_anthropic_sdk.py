@@ -208,17 +208,12 @@ def test_an_answer_of_a_given_form(client: anthropic.Anthropic) -> None:
         "required": ["warm"],
         "additionalProperties": False,
     }
-    try:
-        message = client.messages.create(
-            model=TINY,
-            max_tokens=60,
-            messages=HI,
-            output_config={"format": {"type": "json_schema", "schema": schema}},
-        )
-    except anthropic.BadRequestError as error:
-        if "in this release" not in error.message:
-            raise
-        pytest.skip("awaits the core's response formats")
+    message = client.messages.create(
+        model=TINY,
+        max_tokens=60,
+        messages=HI,
+        output_config={"format": {"type": "json_schema", "schema": schema}},
+    )
     assert isinstance(json.loads(text_of(message))["warm"], bool)
 
 

@@ -202,8 +202,6 @@ def test_as_recorded(http: httpx.Client, name: str) -> None:
     deviation = DEVIATIONS.get(name, Deviation(""))
     prepare(http, name)
     answer = ask(http, recording, deviation.add)
-    if deviation is not _LATER and "in this release" in answer.text:
-        pytest.skip(f"awaits the core: {answer.text}")
     like = RECORDED[deviation.like] if deviation.like else recording
     assert answer.status_code == (deviation.status or like.status), answer.text
     if deviation.status is None or deviation.content_type is not None:

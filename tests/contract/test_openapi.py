@@ -54,7 +54,6 @@ def test_generated_requests(url: str, operation: Operation) -> None:
 
     @settings(
         max_examples=max(2, REQUESTS // len(OPERATIONS)),
-        deadline=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )

@@ -105,7 +105,7 @@ async def test_the_footprint_is_what_the_model_takes(engine, kind):
 
 
 @given(rows=st.integers(1, 70), longest=st.integers(0, 10_000), limit=st.integers(0, 10**7))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_longest_possible_request_is_exact(rows, longest, limit):
     footprint = KVFootprint(3, ((100, 5), (1000, 2)), 77)
     assert footprint.batch_bytes(rows, longest) == (rows + 1) * footprint.row_bytes(longest)

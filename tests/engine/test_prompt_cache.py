@@ -57,7 +57,7 @@ def match(store: PromptCache, tokens: list[int]) -> int:
     return store.match_length(Chain(tokens), tokens)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     sequences=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=5), min_size=1, max_size=12),
     blocks=st.integers(1, 12),

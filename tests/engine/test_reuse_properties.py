@@ -131,7 +131,7 @@ async def engines(request: pytest.FixtureRequest) -> AsyncIterator[Engines]:
 
 
 # Shrinking would replay histories against engines that remember them.
-@settings(max_examples=4, deadline=None, phases=(Phase.explicit, Phase.generate), derandomize=True,
+@settings(max_examples=4, phases=(Phase.explicit, Phase.generate), derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
 @given(history=histories, size=st.sampled_from(STORE_BYTES))
 async def test_reuse_changes_no_token(engines: Engines, history: list[Any], size: int) -> None:

@@ -73,7 +73,7 @@ def params(draw: st.DrawFn) -> SamplingParams:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.lists(params(), min_size=1, max_size=6), seed=st.integers(0, 2**32), on_host=st.booleans())
 def test_every_row_is_sampled_as_by_itself(rows: list[SamplingParams], seed: int, on_host: bool) -> None:
     generator = np.random.default_rng(seed)
@@ -186,7 +186,7 @@ def test_a_cold_temperature_draws_the_most_probable_token() -> None:
             assert tokens.item() == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32),
     scale=st.sampled_from([0.1, 1.0, 5.0]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from osaurus_grpc.errors import CapabilityError, ContextLengthError, OsaurusError
@@ -64,10 +64,8 @@ requests = st.builds(
     chat_template_kwargs_json=st.sampled_from(["", "{}", "[]", "{", '{"a": NaN}', "null"]) | some_text,
     tool_choice=st.builds(chat_pb2.ToolChoice, mode=st.integers(-1, 6)),
 )
-relaxed = settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 
 
-@relaxed
 @given(requests)
 def test_whatever_is_wrong_is_told_and_whatever_passes_converts(request: chat_pb2.ChatRequest) -> None:
     violations = chat_violations(request)
@@ -90,7 +88,6 @@ def test_whatever_is_wrong_is_told_and_whatever_passes_converts(request: chat_pb
     assert isinstance(convert.template_arguments(request), dict)
 
 
-@relaxed
 @given(requests)
 def test_every_refusal_fits_into_the_trailers(request: chat_pb2.ChatRequest) -> None:
     refusals: list[OsaurusError] = []

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import pytest
 from anthropic.lib.streaming._messages import accumulate_event
 from anthropic.types import Message, RawMessageStreamEvent
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
@@ -195,7 +195,6 @@ def _joined(events: Sequence[Event], kind: str) -> str:
     return "".join(event.reasoning.text for event in events)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(deltas())
 def test_every_order_of_events_keeps_the_grammar_and_loses_nothing(events: list[Event]) -> None:
     made = frames(encoder(), [started(), *events, finished(), completed()])

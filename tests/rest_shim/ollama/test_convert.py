@@ -4,7 +4,7 @@ import base64
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from osaurus_grpc.v1 import chat_pb2, sampling_pb2, usage_pb2
@@ -294,7 +294,6 @@ _ANY = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted(schema.ChatBody.model_fields)), _ANY, max_size=6))
 def test_any_json_gives_a_request_or_a_refusal(fields: dict[str, object]) -> None:
     try:

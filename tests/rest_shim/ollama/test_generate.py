@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from osaurus_grpc.v1 import chat_pb2, completion_pb2, sampling_pb2
@@ -230,7 +230,6 @@ def _joined(lines: Iterable[dict[str, object]], key: str) -> str:
     return "".join(str(line.get(key, "")) for line in lines)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.lists(_DELTA, max_size=12))
 def test_every_order_of_events_keeps_the_form_and_loses_nothing(
     events: list[chat_pb2.ChatStreamResponse],
@@ -263,7 +262,6 @@ _ANY = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted(schema.GenerateBody.model_fields)), _ANY, max_size=6))
 def test_any_json_gives_a_request_or_a_refusal(fields: dict[str, object]) -> None:
     try:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from osaurus_grpc.v1 import chat_pb2, sampling_pb2
@@ -145,7 +145,6 @@ def deltas(draw: st.DrawFn) -> list[chat_pb2.ChatStreamResponse]:
     return made
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(deltas())
 def test_every_order_of_events_keeps_the_form_and_loses_nothing(
     events: list[chat_pb2.ChatStreamResponse],
