@@ -150,15 +150,15 @@ def silent(*events: chat_pb2.ChatStreamResponse, gone: asyncio.Event | None = No
     """A stream that sends its events and is then silent until its caller leaves, which sets gone."""
 
     async def script(
-        _request: chat_pb2.ChatStreamRequest, _context: grpc.aio.ServicerContext
+        _request: chat_pb2.ChatStreamRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[chat_pb2.ChatStreamResponse]:
+        # Not in a finally: a caller that leaves while an event is being sent ends the call, and the
+        # generator stays where it is until it is collected.
+        if gone is not None:
+            context.add_done_callback(lambda _: gone.set())
         for event in events:
             yield event
-        try:
-            await asyncio.Event().wait()
-        finally:
-            if gone is not None:
-                gone.set()
+        await asyncio.Event().wait()
 
     return script
 
