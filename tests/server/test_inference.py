@@ -161,6 +161,16 @@ async def test_keep_alive_travels_to_residency(tiny_dir: Path) -> None:
             assert not model.HasField("expire_time")
 
 
+def taken_logprobs(response: chat_pb2.ChatResponse) -> list[float]:
+    """The log-probabilities in an answer, each of which is 0 there afterwards."""
+    places = [place for choice in response.choices for place in choice.logprobs.tokens]
+    tokens = [token for place in places for token in (place.chosen, *place.top)]
+    taken = [token.logprob for token in tokens]
+    for token in tokens:
+        token.ClearField("logprob")
+    return taken
+
+
 async def test_chat_is_the_fold_of_its_stream(inference: Any) -> None:
     chat = chat_request(temperature=1.0, seed=7, max_tokens=24, top_logprobs=2)
     chat.choice_count = 3
@@ -174,6 +184,10 @@ async def test_chat_is_the_fold_of_its_stream(inference: Any) -> None:
         response.ClearField("id")
         response.ClearField("timings")
         response.usage.ClearField("cached_prompt_tokens")
+    # How much of the prompt is kept, and which choices share a step, moves the last digits.
+    wanted = taken_logprobs(whole)
+    assert len(wanted) == 3 * 24 * 3
+    assert taken_logprobs(folded) == pytest.approx(wanted, abs=1e-3)
     assert folded == whole
     assert [choice.index for choice in whole.choices] == [0, 1, 2]
     assert whole.system_fingerprint.startswith("fp_")
