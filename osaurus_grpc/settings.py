@@ -52,6 +52,10 @@ class Settings:
         prompt_cache_dir: Where KV caches are written, to be found again after a restart; None writes none.
         prompt_cache_dir_bytes: Of these files; negative takes 30 GiB or a quarter of what is free there
             at the start, whichever is less.
+        prompt_lookup_tokens: Tokens that a request which runs alone guesses from its own text at most,
+            to verify them in one pass; 0 guesses none. Pays where answers repeat their prompts.
+        draft_model: Guesses for all models where a request runs alone; of their vocabulary. "" is none.
+        draft_tokens: Tokens that it guesses at once at most.
         max_loaded_models: Models in memory at once; the least recently used idle one makes way.
         keep_alive_seconds: Unload a model that was not used for so long; negative is never.
         dtype: "auto", or what weights are held in: "float32", "float16", "bfloat16", "native".
@@ -89,6 +93,9 @@ class Settings:
     kv_cache_bytes: int = -1
     prompt_cache_dir: Path | None = None
     prompt_cache_dir_bytes: int = -1
+    prompt_lookup_tokens: int = 0
+    draft_model: str = ""
+    draft_tokens: int = 4
     max_loaded_models: int = 3
     keep_alive_seconds: float = -1.0
     dtype: str = "auto"
@@ -228,6 +235,7 @@ def _add_limits(target: configargparse.ArgumentParser, defaults: Settings) -> No
     add("--blas-threads", env_var="OSAURUS_BLAS_THREADS", type=whole(0, 1024), metavar="N",
         default=defaults.blas_threads, help="threads of the CPU's BLAS, 0 chooses")  # fmt: skip
     _add_memory(target, defaults)
+    _add_speculation(target, defaults)
     add("--api-key", env_var="OSAURUS_API_KEY", action="append", default=[], metavar="KEY",
         help="bearer key that callers must show; may be repeated; better given as OSAURUS_API_KEY, "
         "which other users of the machine cannot see")  # fmt: skip
@@ -243,6 +251,21 @@ def _add_limits(target: configargparse.ArgumentParser, defaults: Settings) -> No
         help="loopback port of the core's Prometheus metrics (default off)")  # fmt: skip
     add("--log-level", env_var="OSAURUS_LOG_LEVEL", default=defaults.log_level,
         choices=("debug", "info", "warning", "error"), help="(default %(default)s)")  # fmt: skip
+
+
+def _add_speculation(target: configargparse.ArgumentParser, defaults: Settings) -> None:
+    """Declare how a request that runs alone guesses ahead."""
+    add = target.add_argument
+    add("--prompt-lookup-tokens", env_var="OSAURUS_PROMPT_LOOKUP_TOKENS", type=whole(0, 64), metavar="N",
+        default=defaults.prompt_lookup_tokens,
+        help="tokens that a request which runs alone guesses from its own text, to verify them in one "
+        "pass; the answer stays the same (default 0: off)")  # fmt: skip
+    add("--draft-model", env_var="OSAURUS_DRAFT_MODEL", default="", metavar="NAME",
+        help="a small model of the same vocabulary that guesses for a request which runs alone "
+        "(default none)")  # fmt: skip
+    add("--draft-tokens", env_var="OSAURUS_DRAFT_TOKENS", type=whole(1, 64), metavar="N",
+        default=defaults.draft_tokens,
+        help="tokens that it guesses at once at most (default %(default)s)")  # fmt: skip
 
 
 def _add_memory(target: configargparse.ArgumentParser, defaults: Settings) -> None:
@@ -286,6 +309,9 @@ def from_namespace(values: argparse.Namespace) -> Settings:
         kv_cache_bytes=values.kv_cache_bytes,
         prompt_cache_dir=values.prompt_cache_dir,
         prompt_cache_dir_bytes=values.prompt_cache_dir_bytes,
+        prompt_lookup_tokens=values.prompt_lookup_tokens,
+        draft_model=values.draft_model,
+        draft_tokens=values.draft_tokens,
         max_loaded_models=values.max_loaded_models,
         keep_alive_seconds=values.keep_alive_seconds,
         dtype=values.dtype,

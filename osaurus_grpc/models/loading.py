@@ -54,10 +54,12 @@ class MlxHost(Protocol):
         vocab_size: int,
         *,
         identity: str,
+        draft_id: str,
     ) -> None:
         """Take a model that generates into service.
 
-        Its identity changes with whatever changes what it computes.
+        Its identity changes with whatever changes what it computes. The model of draft_id, where that
+        is not "", drafts for it.
         """
         ...
 
@@ -99,21 +101,27 @@ class LoadedModel:
     fingerprint: str
 
 
-async def load_model(host: MlxHost, entry: ModelEntry, dtype: str) -> LoadedModel:
+async def load_model(
+    host: MlxHost, entry: ModelEntry, dtype: str, draft: LoadedModel | None = None
+) -> LoadedModel:
     """Load a model and take it into service.
 
     Args:
         host: The engine.
         entry: The model.
         dtype: As Settings.dtype.
+        draft: A loaded model that drafts for it.
 
     Raises:
-        ModelUnusableError: Its files are damaged, or its architecture is not known.
+        ModelUnusableError: Its files are damaged, or its architecture is not known, or the draft model
+            has another vocabulary.
     """
     started = time.monotonic()
     await host.call(cpu_kernels.install)
     tokenizer, eos_token_ids = await asyncio.to_thread(_load_tokenizer, entry)
-    is_encoder = entry.architecture in ENCODER_TYPES
+    if draft is not None:
+        await asyncio.to_thread(_require_same_vocabulary, entry, tokenizer, draft)
+    is_encoder = not is_generating(entry)
     build = _build_encoder if is_encoder else _build
     model: Any = await host.call(lambda: build(entry, dtype))
     for group in _groups(model):
@@ -126,7 +134,9 @@ async def load_model(host: MlxHost, entry: ModelEntry, dtype: str) -> LoadedMode
     else:
         vocab_size = await host.call(lambda: _probe(entry, model))
         identity = _identity(entry, dtype)
-        await host.attach(entry.id, model, tuple(sorted(eos_token_ids)), vocab_size, identity=identity)
+        ends = tuple(sorted(eos_token_ids))
+        draft_id = draft.entry.id if draft is not None else ""
+        await host.attach(entry.id, model, ends, vocab_size, identity=identity, draft_id=draft_id)
     if embedder is not None:
         host.attach_embedder(entry.id, embedder)
     return LoadedModel(
@@ -139,6 +149,21 @@ async def load_model(host: MlxHost, entry: ModelEntry, dtype: str) -> LoadedMode
         load_seconds=time.monotonic() - started,
         fingerprint=_fingerprint(entry, dtype),
     )
+
+
+def is_generating(entry: ModelEntry) -> bool:
+    """Whether a model generates text, rather than making embedding vectors only."""
+    return entry.architecture not in ENCODER_TYPES
+
+
+def _require_same_vocabulary(entry: ModelEntry, tokenizer: Any, draft: LoadedModel) -> None:
+    """A draft model guesses token ids: they must mean the same in both models."""
+    if tokenizer.get_vocab() != draft.tokenizer.get_vocab():
+        raise ModelUnusableError(
+            f"Model '{entry.id}' cannot be loaded: the draft model '{draft.entry.id}' has another "
+            "vocabulary; choose one of the same family with --draft-model, or start without.",
+            model=entry.id,
+        )
 
 
 def _plan(entry: ModelEntry, dtype: str) -> WeightPlan:

@@ -3,6 +3,9 @@
 A load in progress is shared by all who wait for it and is not given up when one of them leaves. A
 model is held by leases; it is unloaded when its keep-alive ends, when it is asked for, or when
 another model needs its place, and never while somebody holds it.
+
+A draft model is a model like others, held by each model that it drafts for as long as that one is in
+memory.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -23,7 +26,14 @@ from osaurus_grpc.errors import (
     ModelUnusableError,
 )
 from osaurus_grpc.models.catalog import ModelEntry
-from osaurus_grpc.models.loading import LoadedModel, MlxHost, estimated_bytes, load_model, log_unusable
+from osaurus_grpc.models.loading import (
+    LoadedModel,
+    MlxHost,
+    estimated_bytes,
+    is_generating,
+    load_model,
+    log_unusable,
+)
 from osaurus_grpc.models.platform import Device, device, memory_bytes
 
 __all__ = ["Lease", "LoadedModel", "Residence", "ResidenceState", "Residency", "estimated_bytes"]
@@ -85,6 +95,8 @@ class _Slot:
     last_used: float = field(default_factory=time.monotonic)
     expire_time: datetime | None = None
     timer: asyncio.TimerHandle | None = None
+    draft: _Slot | None = None
+    is_draft: bool = False
 
     @property
     def model(self) -> LoadedModel | None:
@@ -102,15 +114,24 @@ class Residency:
         max_loaded_models: Models in memory at once.
         keep_alive_seconds: Unload a model unused for so long; negative is never.
         dtype: As Settings.dtype.
+        find_draft: Finds the model that drafts for all others, which does not count as one of them;
+            may read the disk. None is no such model.
     """
 
     def __init__(
-        self, host: MlxHost, *, max_loaded_models: int, keep_alive_seconds: float, dtype: str
+        self,
+        host: MlxHost,
+        *,
+        max_loaded_models: int,
+        keep_alive_seconds: float,
+        dtype: str,
+        find_draft: Callable[[], ModelEntry] | None = None,
     ) -> None:
         self._host = host
         self._max_loaded_models = max_loaded_models
         self._keep_alive_seconds = keep_alive_seconds
         self._dtype = dtype
+        self._find_draft = find_draft
         self._slots: dict[str, _Slot] = {}
         self._background: set[asyncio.Task[bool]] = set()
         # Loads and unloads follow one another: they share one thread and one memory.
@@ -192,7 +213,7 @@ class Residency:
             load.cancel()
         if loading:
             await asyncio.wait(loading)
-        for slot in list(self._slots.values()):
+        for slot in sorted(self._slots.values(), key=lambda slot: slot.is_draft):
             await self._drop(slot)
         if self._background:
             await asyncio.wait(self._background)
@@ -224,26 +245,55 @@ class Residency:
     def _forget_failed(self, slot: _Slot) -> None:
         """A load that failed leaves no slot, so that the next use tries again."""
         failed = slot.loading.cancelled() or slot.loading.exception() is not None
+        if failed:
+            self._let_draft_go(slot)
         if failed and self._slots.get(slot.entry.id) is slot:
             del self._slots[slot.entry.id]
 
     async def _load(self, entry: ModelEntry) -> LoadedModel:
-        """Load when no other model is loaded or unloaded, in bounded time."""
+        """Load when no other model is loaded or unloaded, in bounded time; its draft model before."""
+        draft = await self._hold_draft(entry)
         async with self._changing:
             try:
                 async with asyncio.timeout(_LOAD_SECONDS):
-                    return await self._load_alone(entry)
+                    return await self._load_alone(entry, draft)
             except TimeoutError as error:
                 log_unusable("time", entry)
                 raise ModelUnusableError(
                     f"Model '{entry.id}' cannot be loaded: reading it takes too long.", model=entry.id
                 ) from error
 
-    async def _load_alone(self, entry: ModelEntry) -> LoadedModel:
+    async def _hold_draft(self, entry: ModelEntry) -> LoadedModel | None:
+        """Load what drafts for a model, to stay until the model is unloaded.
+
+        Raises ModelNotFoundError where there is no such model, and as lease() does.
+        """
+        if self._find_draft is None or not is_generating(entry):
+            return None
+        draft = await asyncio.to_thread(self._find_draft)
+        if draft.id == entry.id:
+            return None
+        holder, slot = self._slots[entry.id], await self._current_slot(draft)
+        holder.draft = slot
+        slot.leases += 1
+        slot.is_draft = True
+        self._stop_timer(slot)
+        return await self._loaded(slot)
+
+    def _let_draft_go(self, slot: _Slot) -> None:
+        """A model that goes, or never came, holds its draft model no more."""
+        draft, slot.draft = slot.draft, None
+        if draft is not None:
+            draft.leases -= 1
+            draft.last_used = time.monotonic()
+            if not draft.leases:
+                self._start_timer(draft)
+
+    async def _load_alone(self, entry: ModelEntry, draft: LoadedModel | None) -> LoadedModel:
         """Make room, load, take into service. The caller holds the lock."""
         started = time.monotonic()
         await self._make_room(entry)
-        model = await load_model(self._host, entry, self._dtype)
+        model = await load_model(self._host, entry, self._dtype, draft)
         seconds = time.monotonic() - started
         logger.info(
             "event=model_loaded model=%s seconds=%.2f bytes=%d", entry.id, seconds, model.resident_bytes
@@ -256,13 +306,16 @@ class Residency:
             # Those that wait for their load have no memory yet; they find this one in their way.
             others = [s for s in self._slots.values() if s.entry.id != entry.id and s.model is not None]
             needed = estimated_bytes(entry, self._dtype)
-            if len(others) < self._max_loaded_models and needed <= memory_bytes():
+            is_draft = entry.id in self._slots and self._slots[entry.id].is_draft
+            count = sum(not slot.is_draft for slot in others)
+            has_place = count < self._max_loaded_models or is_draft
+            if has_place and needed <= memory_bytes():
                 return
             idle = [slot for slot in others if not slot.leases]
             if not idle:
-                if len(others) >= self._max_loaded_models:
+                if not has_place:
                     raise InsufficientMemoryError(
-                        f"Model '{entry.id}' cannot be loaded: {len(others)} models are in use, "
+                        f"Model '{entry.id}' cannot be loaded: {count} models are in use, "
                         "which is the limit.",
                         retry_after_seconds=5.0,
                     )
@@ -283,6 +336,7 @@ class Residency:
         """Drop a slot in the background; where a timer expired, only if no use followed."""
 
         async def drop() -> bool:
+            await asyncio.wait([slot.loading])  # it may have been waiting for its draft model
             async with self._changing:
                 is_renewed = expired is not None and slot.timer is not expired
                 if slot.leases or is_renewed or self._slots.get(slot.entry.id) is not slot:
@@ -301,6 +355,7 @@ class Residency:
         self._slots.pop(slot.entry.id, None)
         await self._host.detach(slot.entry.id)
         await self._host.free()
+        self._let_draft_go(slot)
         logger.info("event=model_unloaded model=%s", slot.entry.id)
 
     def _start_timer(self, slot: _Slot) -> None:

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import grpc
@@ -148,6 +149,8 @@ class Core:
             prompt_cache_bits=settings.prompt_cache_bits,
             kv_cache_bytes=settings.kv_cache_bytes,
             prefix_disk=_prefix_disk(settings),
+            prompt_lookup_tokens=settings.prompt_lookup_tokens,
+            draft_tokens=settings.draft_tokens,
         )
         self.telemetry.watch_engine(self.engine.stats)
         self._catalog = Catalog(
@@ -162,6 +165,7 @@ class Core:
             max_loaded_models=settings.max_loaded_models,
             keep_alive_seconds=settings.keep_alive_seconds,
             dtype=settings.dtype,
+            find_draft=partial(self._catalog.find, settings.draft_model) if settings.draft_model else None,
         )
         self._health = HealthService()
         self._server = self._build_server()
@@ -256,8 +260,15 @@ class Core:
         """Load the model that is asked for, and report that the core serves.
 
         Raises:
-            StartError: The model is unknown or cannot be loaded.
+            StartError: The model is unknown or cannot be loaded, or the draft model is unknown or has
+                another vocabulary.
         """
+        draft = self._settings.draft_model
+        if draft:
+            try:
+                await asyncio.to_thread(self._catalog.find, draft)
+            except OsaurusError as error:
+                raise StartError(f"cannot draft with the model {draft}: {error.message}") from error
         name = self._settings.preload_model
         if name:
             try:

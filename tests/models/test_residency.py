@@ -286,3 +286,72 @@ async def test_a_broken_model_is_refused_and_the_others_go_on(
             assert str(tmp_path) not in refused.value.message
         assert models.residence("bad").state is ResidenceState.AVAILABLE
         await generate(engine, lease.model)
+
+
+# Draft models.
+
+
+@asynccontextmanager
+async def drafting(
+    catalog: Path, draft: str, *, max_loaded_models: int = 2
+) -> AsyncIterator[tuple[Engine, Residency]]:
+    """A residency with a draft model, on an engine that uses it."""
+    engine = Engine(max_batch_size=4, max_waiting_requests=8, prefill_chunk_tokens=256)
+    await engine.start()
+    models = Residency(
+        engine,
+        max_loaded_models=max_loaded_models,
+        keep_alive_seconds=-1.0,
+        dtype="auto",
+        find_draft=lambda: Catalog(catalog).find(draft),
+    )
+    try:
+        yield engine, models
+    finally:
+        await models.close()
+        await engine.stop()
+
+
+def another_vocabulary(folder: Path) -> None:
+    """One more token in a model's tokenizer."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    token = {**tokenizer["added_tokens"][-1], "id": 49_152, "content": "<|another|>"}
+    tokenizer["added_tokens"].append(token)
+    path.write_text(json.dumps(tokenizer))
+
+
+async def test_a_draft_model_stays_as_long_as_a_model_it_drafts_for(tiny_dir, tmp_path):
+    first, second, draft = copies(tiny_dir, tmp_path, "a", "b", "draft")
+    async with drafting(tmp_path, "draft", max_loaded_models=1) as (engine, models):
+        lease = await models.load(first)
+        assert models.residence(draft.id).state is ResidenceState.LOADED, "beside the one that may be loaded"
+        await generate(engine, lease.model)
+        async with models.lease(draft, keep_alive_seconds=0) as lease:
+            await generate(engine, lease.model)
+        await models.load(second)
+        assert models.residence(first.id).state is ResidenceState.AVAILABLE
+        assert models.residence(draft.id).state is ResidenceState.LOADED
+        assert await models.unload(second.id)
+        assert await models.unload(draft.id)
+        assert models.residence(draft.id).state is ResidenceState.AVAILABLE
+
+
+async def test_a_draft_model_of_another_vocabulary_is_refused(tiny_dir, tmp_path):
+    first, draft = copies(tiny_dir, tmp_path, "a", "draft")
+    another_vocabulary(tmp_path / "draft")
+    async with drafting(tmp_path, "draft") as (engine, models):
+        with pytest.raises(ModelUnusableError, match="'draft' has another vocabulary"):
+            await models.load(first)
+        assert models.residence(first.id).state is ResidenceState.AVAILABLE
+        assert await models.unload(draft.id), "nobody holds it any more"
+        await generate(engine, (await models.load(draft)).model)
+
+
+async def test_closing_unloads_a_draft_model_too(tiny_dir, tmp_path):
+    draft, first = copies(tiny_dir, tmp_path, "draft", "a")
+    async with drafting(tmp_path, "draft") as (_, models):
+        await models.load(draft)
+        await models.load(first)
+        await models.close()
+        assert models.residence(draft.id).state is ResidenceState.AVAILABLE

@@ -1,0 +1,54 @@
+"""Speculative decoding as callers see it: the same answers, counted guesses, and refusals at the start."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from osaurus_grpc.server.app import StartError
+from tests.models.test_residency import another_vocabulary, copies
+
+from .cores import chat_request, inference_stub, running_core
+
+REPETITIVE = "Repeat after me: one two three four, one two three four, one two three four."
+
+
+def counter(exposition: bytes, name: str) -> float:
+    found = re.search(rf"^{name}_total (\S+)$", exposition.decode(), re.MULTILINE)
+    assert found is not None, name
+    return float(found[1])
+
+
+async def test_answers_stay_the_same_and_guesses_are_counted(tiny_dir: Path, tmp_path: Path) -> None:
+    copies(tiny_dir, tmp_path, "tiny-llama", "twin")
+    request = chat_request(REPETITIVE, max_tokens=60, ignore_eos=True)
+    async with running_core(tmp_path) as core, inference_stub(core.address) as inference:
+        expected = await inference.Chat(request)
+        assert counter(core.telemetry.exposition(), "osaurus_drafted_tokens") == 0
+    async with (
+        running_core(tmp_path, draft_model="twin", prompt_lookup_tokens=4) as core,
+        inference_stub(core.address) as inference,
+    ):
+        for _ in range(2):
+            answer = await inference.Chat(request)
+            assert answer.choices[0].message == expected.choices[0].message
+            assert answer.usage.completion_tokens == 60
+        text = core.telemetry.exposition()
+        drafted = counter(text, "osaurus_drafted_tokens")
+        assert 0 < counter(text, "osaurus_accepted_tokens") <= drafted
+
+
+@pytest.mark.parametrize(
+    ("draft", "why"),
+    [("other", "has another vocabulary"), ("nowhere", "cannot draft with the model nowhere")],
+)
+async def test_a_draft_model_that_cannot_draft_keeps_the_core_from_starting(
+    tiny_dir: Path, tmp_path: Path, draft: str, why: str
+) -> None:
+    copies(tiny_dir, tmp_path, "tiny-llama", "other")
+    another_vocabulary(tmp_path / "other")
+    with pytest.raises(StartError, match=why):
+        async with running_core(tmp_path, draft_model=draft, preload_model="tiny-llama"):
+            pass
