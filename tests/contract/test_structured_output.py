@@ -1,7 +1,7 @@
 """Structured answers of the real small model, by OpenAI's client: it could not write one by itself.
 
-Forty schemas, some answers each: unstreamed in batches of eight beside each other, and a part of them
-again alone and streamed. OSAURUS_TEST_SEEDS says how many answers; 5 makes two hundred.
+Forty schemas, unstreamed in batches of eight beside each other, and a part of them again alone and
+streamed. OSAURUS_TEST_SEEDS says how many answers each schema gets; 5 makes two hundred.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.harness.schemas import SCHEMAS
 pytestmark = pytest.mark.smollm
 
 _AT_ONCE = 8
-_SEEDS = int(os.environ.get("OSAURUS_TEST_SEEDS", "2"))
+_SEEDS = int(os.environ.get("OSAURUS_TEST_SEEDS", "1"))
 
 
 @pytest.fixture
@@ -55,11 +55,11 @@ def require_valid(name: str, text: str) -> None:
     jsonschema.Draft202012Validator(schema, format_checker=checker).validate(json.loads(text))
 
 
-@pytest.mark.parametrize("seed", range(_SEEDS))
-async def test_every_answer_is_valid(client: openai.AsyncOpenAI, seed: int) -> None:
+@pytest.mark.parametrize("first_seed", range(_SEEDS))
+async def test_every_answer_is_valid(client: openai.AsyncOpenAI, first_seed: int) -> None:
     places = asyncio.Semaphore(_AT_ONCE)
 
-    async def ask(name: str) -> None:
+    async def ask(name: str, seed: int) -> None:
         async with places:
             completion = await client.chat.completions.create(**request(name, seed))
         (choice,) = completion.choices
@@ -70,7 +70,8 @@ async def test_every_answer_is_valid(client: openai.AsyncOpenAI, seed: int) -> N
         assert choice.finish_reason == "stop"
         require_valid(name, choice.message.content or "")
 
-    await asyncio.gather(*(ask(name) for name in SCHEMAS))
+    # The first round is half greedy, half sampled.
+    await asyncio.gather(*(ask(name, first_seed + i % 2) for i, name in enumerate(SCHEMAS)))
 
 
 @pytest.mark.parametrize("name", ["nested", "enum of kinds", "unicode keys", "date-time"])
