@@ -225,6 +225,13 @@ func (c *client) watchHealth(ctx context.Context) error {
 }
 
 func main() {
+	if len(os.Args) == 5 && os.Args[2] == "bench" {
+		if err := bench(os.Args[1], os.Args[3], os.Args[4]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	connection, err := grpc.NewClient(os.Args[1], grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
