@@ -279,7 +279,7 @@ def _core_error(error: grpc.aio.AioRpcError) -> CoreError:
         status = None
     if status is None:
         return CoreError(code)
-    reason, field, retry_after = "", "", None
+    reason, field, retry_after, message = "", "", None, status.message
     info, bad, retry = (
         error_details_pb2.ErrorInfo(),
         error_details_pb2.BadRequest(),
@@ -291,7 +291,12 @@ def _core_error(error: grpc.aio.AioRpcError) -> CoreError:
                 reason = info.reason
                 field = field or info.metadata.get("field", "")
         elif detail.Unpack(bad):
-            field = next((violation.field for violation in bad.field_violations if violation.field), field)
+            first = next((violation for violation in bad.field_violations if violation.field), None)
+            if first is not None:
+                field = first.field
+                if len(bad.field_violations) > 1:
+                    # One at a time, so that the text can speak of the client's own field.
+                    message = first.description
         elif detail.Unpack(retry):
             retry_after = retry.retry_delay.ToTimedelta().total_seconds()
-    return CoreError(code, reason, status.message, field=field, retry_after_seconds=retry_after)
+    return CoreError(code, reason, message, field=field, retry_after_seconds=retry_after)

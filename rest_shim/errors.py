@@ -157,6 +157,9 @@ def refusal_from_core(error: CoreError, json_path: Callable[[str], str] = str) -
     else:
         verdict, message = _BY_CODE.get(error.code, (_FAILED, FAILED_TEXT))
     field = error.field or verdict.field
+    param = json_path(field) if field else None
+    if param is not None:
+        message = _in_their_words(message, error.field, param)
     headers = dict(verdict.headers)
     retry_after = error.retry_after_seconds
     if retry_after is None and verdict.needs_retry_after:
@@ -170,9 +173,18 @@ def refusal_from_core(error: CoreError, json_path: Callable[[str], str] = str) -
         message,
         kind=verdict.kind,
         code=verdict.code,
-        param=json_path(field) if field else None,
+        param=param,
         headers=headers,
     )
+
+
+def _in_their_words(message: str, field: str, param: str) -> str:
+    """A core's sentence about a field, with the name that the client knows the field by."""
+    for name in (field, field.removeprefix("sampling.")):
+        rest = message.removeprefix(name)
+        if name and name != param and rest != message and rest[0] in " :":
+            return f"Invalid '{param}': {rest.lstrip(' :')}"
+    return message
 
 
 def internal_refusal() -> Refusal:

@@ -34,7 +34,7 @@ MAX_TEMPLATE_ARGUMENTS_CHARACTERS: Final = 65_536
 MAX_DURATION_SECONDS: Final = 315_576_000_000
 MAX_DURATION_NANOS: Final = 999_999_999
 
-_TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+_TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
 _KNOWN_ROLES: Final = frozenset(chat_pb2.Role.values()) - {chat_pb2.ROLE_UNSPECIFIED}
 _KNOWN_TOOL_CHOICES: Final = frozenset(chat_pb2.ToolChoiceMode.values())
 _FORCED_TOOL_CHOICES: Final = frozenset(
@@ -108,11 +108,12 @@ def sampling_violations(sampling: sampling_pb2.SamplingParams) -> Iterator[Field
     for bounds in _SAMPLING_RANGES:
         if bounds.name in by_name and (violation := bounds.violation(by_name[bounds.name])):
             yield violation
-    for token_id, bias in sampling.logit_bias.items():
-        if token_id < 0:
-            yield _violation("sampling.logit_bias", f"names {token_id}, which is no token id.")
-        if not -100 <= bias <= 100:
-            yield _violation("sampling.logit_bias", "values must be at least -100 and at most 100.")
+    # The first one of each kind: a request may hold very many.
+    negative = next((token_id for token_id in sampling.logit_bias if token_id < 0), None)
+    if negative is not None:
+        yield _violation("sampling.logit_bias", f"names {negative}, which is no token id.")
+    if not all(-100 <= bias <= 100 for bias in sampling.logit_bias.values()):
+        yield _violation("sampling.logit_bias", "values must be at least -100 and at most 100.")
     if len(sampling.stop) > MAX_STOPS:
         yield _violation("sampling.stop", f"must have at most {MAX_STOPS} entries.")
     for i, stop in enumerate(sampling.stop[: MAX_STOPS + 1]):
@@ -122,12 +123,10 @@ def sampling_violations(sampling: sampling_pb2.SamplingParams) -> Iterator[Field
 
 def vocabulary_violations(sampling: sampling_pb2.SamplingParams, vocab_size: int) -> Iterator[FieldViolation]:
     """What is wrong with sampling settings for a model whose logits are vocab_size wide."""
-    for token_id in sampling.logit_bias:
-        if token_id >= vocab_size:
-            yield _violation(
-                "sampling.logit_bias",
-                f"names token {token_id}; the model's token ids end at {vocab_size - 1}.",
-            )
+    largest = max(sampling.logit_bias, default=0)
+    if largest >= vocab_size:
+        what = f"names token {largest}; the model's token ids end at {vocab_size - 1}."
+        yield _violation("sampling.logit_bias", what)
 
 
 def token_violations(field: str, token_ids: Sequence[int], vocab_size: int) -> Iterator[FieldViolation]:
@@ -223,7 +222,7 @@ def _tool_violations(request: chat_pb2.ChatRequest) -> Iterator[FieldViolation]:
             yield _violation(f"{path}.name", "is that of another tool.")
         seen.add(tool.function.name)
         if not _TOOL_NAME.fullmatch(tool.function.name):
-            yield _violation(f"{path}.name", 'must have 1 to 64 characters of A-Z, a-z, 0-9, "_", "-", ".".')
+            yield _violation(f"{path}.name", 'must have 1 to 128 characters of A-Z, a-z, 0-9, "_", "-", ".".')
         if tool.function.parameters_json and not _is_json_object(tool.function.parameters_json):
             yield _violation(f"{path}.parameters_json", "must be a JSON object.")
     choice = request.tool_choice

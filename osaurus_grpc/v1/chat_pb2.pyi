@@ -259,7 +259,7 @@ class FunctionTool(_message.Message):
     PARAMETERS_JSON_FIELD_NUMBER: _builtins.int
     STRICT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """1 to 64 characters of A-Z, a-z, 0-9, "_", "-" and "."."""
+    """1 to 128 characters of A-Z, a-z, 0-9, "_", "-" and "."."""
     description: _builtins.str
     """What it does, for the model."""
     parameters_json: _builtins.str

@@ -24,7 +24,7 @@ _MAX_ECHO_CHARACTERS = 100
 
 ModelName = Annotated[str, StringConstraints(max_length=512)]
 CallId = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
+ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,128}$")]
 
 
 class TextBlock(Body):

@@ -117,7 +117,7 @@ class Message(Body):
 class FunctionTool(Body):
     """A function that may be called."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,128}$")]
     description: str = ""
     parameters: dict[str, Any] | None = None
 

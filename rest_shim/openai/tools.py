@@ -14,7 +14,7 @@ from rest_shim.wire import dump
 
 MAX_TOOLS = 1_024
 
-FunctionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
+FunctionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,128}$")]
 ChoiceMode = Literal["auto", "none", "required"]
 
 TOOL_CHOICE_MODES = {

@@ -76,7 +76,7 @@ def check(body: schema.ResponseBody) -> None:
         raise _unsupported("prompt", "Prompt templates are not kept here; send 'instructions' and 'input'.")
     if body.stream_options is not None and not body.stream:
         raise _unsupported("stream_options", "'stream_options' is only allowed when 'stream' is true.")
-    if not body.input and body.previous_response_id is None:
+    if body.input is not None and not body.input and body.previous_response_id is None:
         raise _unsupported("input", "Missing required parameter: 'input'.")
     form = body.text.format if body.text is not None else None
     if form is not None and form.type == "json_schema" and form.definition is None:
@@ -123,12 +123,24 @@ def conversation(
     turns = _Turns(made)
     for item in history:
         turns.take(item, HISTORY)
-    for index, item in enumerate(resolved(body.input or (), known)):
+    for index, item in enumerate(resolved(given(body), known)):
         turns.take(item, f"input[{index}]")
     turns.end()
     if not made.messages:
         raise _unsupported("input", "There is no message to answer.")
     return made
+
+
+def given(body: schema.ResponseBody) -> Sequence[items.Item]:
+    """The items of a request's input.
+
+    OpenAI's schema asks for none: a request with nothing to answer is a user's turn without words. It
+    holds a blank, since there is no turn without text.
+    """
+    if body.input is None and body.previous_response_id is None:
+        blank = items.TextPart(type="input_text", text=" ")
+        return (items.MessageItem(role="user", content=[blank]),)
+    return body.input or ()
 
 
 def resolved(given: Sequence[items.Item], known: Mapping[str, items.Item]) -> Sequence[items.Item]:

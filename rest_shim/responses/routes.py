@@ -91,7 +91,7 @@ class ResponsesRoutes:
             body=body,
             talk=talk,
             chat=convert.chat_request(body, talk),
-            shown=list(listed(convert.resolved(body.input or (), known))),
+            shown=list(listed(convert.resolved(convert.given(body), known))),
             draft=Draft(body, int(time.time())),
             caller=caller,
         )
