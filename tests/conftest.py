@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import hypothesis
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
@@ -37,10 +36,6 @@ os.environ |= {
 # it imports the hub client too.
 importlib.import_module("osaurus_grpc.models.platform")
 
-# How long an example takes says nothing on a machine that others use too.
-hypothesis.settings.register_profile("unhurried", deadline=None)
-hypothesis.settings.load_profile("unhurried")
-
 SMOLLM = "smollm2-135m-instruct"
 TINY = "tiny-llama"
 MINILM = "all-minilm-l6-v2"
@@ -48,8 +43,8 @@ _LOCK_SECONDS = 280
 
 # How long an example takes says what else the machine does, not whether the code is right; a test that
 # hangs is ended by pytest-timeout.
-settings.register_profile("osaurus", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("osaurus")
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -208,7 +208,7 @@ def loop_of_engines() -> Any:
     loop.close()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     part=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12),
     times=st.integers(1, 6),
