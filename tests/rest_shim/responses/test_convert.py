@@ -226,7 +226,6 @@ class TestConversations:
     ("fields", "param"),
     [
         ({"model": 1}, "model"),
-        ({"input": None}, "input"),
         ({"input": []}, "input"),
         ({"input": 1}, "input"),
         ({"input": {"role": "user"}}, "input"),
