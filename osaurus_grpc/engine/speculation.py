@@ -14,7 +14,8 @@ Each way of drafting is watched for each sequence. Let p be the share of guessed
 accepted lately and c what each guessed token adds to a pass, in plain steps, measured. A guess of k
 tokens then gives (1 - p^(k+1)) / (1 - p) tokens for 1 + c k steps (Leviathan et al., arXiv:2211.17192,
 section 3). The k that gives most is guessed; where none gives more than plain steps, the sequence goes
-on without this way of drafting, and tries again after some steps, each time twice as many.
+on without this way of drafting, and tries again after some steps, each time twice as many. The first
+guess of a sequence, and after each such pause, is made in any case: what is not tried is not learned.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ _MEMORY = 0.85
 # Plain steps until a way of drafting that did not pay is tried again, at first and at most.
 _FIRST_PAUSE = 16
 _LONGEST_PAUSE = 256
+# Tokens of a guess that is made to learn whether guesses pay.
+_PROBE_TOKENS = 4
+# Of the first measurements the least counts: whatever a device does for the first time takes long.
+_FIRST_MEASUREMENTS = 3
 # Weight of the newest measurement.
 _SMOOTHING = 0.3
 # A guess must promise so much more than plain steps, since measurements are noisy.
@@ -109,11 +114,18 @@ class Toll:
 
     def __init__(self) -> None:
         self.seconds: float | None = None
+        self._measurements = 0
 
     def observe(self, seconds: float, *, plain_seconds: float, guessed: int) -> None:
         """Learn from a step that guessed so many tokens and verified them."""
         each = max(0.0, seconds - plain_seconds) / guessed
-        self.seconds = each if self.seconds is None else self.seconds + _SMOOTHING * (each - self.seconds)
+        self._measurements += 1
+        if self.seconds is None:
+            self.seconds = each
+        elif self._measurements <= _FIRST_MEASUREMENTS:
+            self.seconds = min(self.seconds, each)
+        else:
+            self.seconds += _SMOOTHING * (each - self.seconds)
 
 
 class Pace:
@@ -130,6 +142,7 @@ class Pace:
         self._accepted, self._guessed = _PRIOR_ACCEPTED, _PRIOR_GUESSED
         self._pause = 0
         self._next_pause = _FIRST_PAUSE
+        self._is_probing = True
 
     @property
     def is_paused(self) -> bool:
@@ -143,6 +156,7 @@ class Pace:
             if not self._pause:
                 # Trying again: as hopeful as at the beginning.
                 self._accepted, self._guessed = _PRIOR_ACCEPTED, _PRIOR_GUESSED
+                self._is_probing = True
 
     def count(self, plain_seconds: float) -> int:
         """How many tokens to guess; 0, and a pause, where it does not pay.
@@ -154,6 +168,8 @@ class Pace:
             return 0
         if self.toll.seconds is None:
             return self._most
+        if self._is_probing:
+            return min(self._most, _PROBE_TOKENS)
         share = min(self._accepted / self._guessed, 0.999)
         cost = self.toll.seconds / plain_seconds
         best, most = 0, _MARGIN
@@ -169,6 +185,7 @@ class Pace:
     def note(self, guessed: int, accepted: int) -> None:
         """Learn from a guess; what comes after the first wrong token says nothing."""
         judged = min(guessed, accepted + 1)
+        self._is_probing = False
         self._accepted = _MEMORY * self._accepted + accepted
         self._guessed = _MEMORY * self._guessed + judged
 

@@ -12,6 +12,8 @@ from tests.models.test_residency import another_vocabulary, copies
 
 from .cores import chat_request, inference_stub, running_core
 
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
 REPETITIVE = "Repeat after me: one two three four, one two three four, one two three four."
 
 
