@@ -186,7 +186,7 @@ async def test_greedy_is_the_same_with_guesses(way):
     if way == "twin":
         assert stats.accepted_tokens >= 0.9 * stats.drafted_tokens
     else:
-        assert 0 < stats.accepted_tokens
+        assert stats.accepted_tokens > 0
     if "stranger" in way:
         assert stats.accepted_tokens < stats.drafted_tokens
 
