@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,9 @@ os.environ |= {
     "OSAURUS_RUNTIME_DIR": str(_HOME / "runtime"),
     "MKL_NUM_THREADS": os.environ.get("MKL_NUM_THREADS", "1"),
 }
+
+# A shell's background job ignores Ctrl-C, and so would every child that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before any test module imports MLX, since this chooses its BLAS; after the environment is set, since
 # it imports the hub client too.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import select
 import signal
 import subprocess
 import time
@@ -70,7 +71,8 @@ class Terminal:
         """What it printed, up to and with the wanted text."""
         deadline = time.monotonic() + TERMINAL_SECONDS
         while wanted not in self._text:
-            assert time.monotonic() < deadline, self._text
+            left = max(deadline - time.monotonic(), 0)
+            assert select.select([self._descriptor], [], [], left)[0], self._text
             try:
                 self._text += os.read(self._descriptor, 4096).decode(errors="replace")
             except OSError as error:  # Linux's way of saying that the other side has closed
