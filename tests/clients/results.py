@@ -23,7 +23,7 @@ def keep(cache: Path, client: Client, cases: list[Case]) -> None:
 def table(cache: Path) -> str:
     """A Markdown table of all clients, then the cases that are expected to fail, with why."""
     rows = ["| client | passed | expected to fail | skipped |", "|---|---|---|---|"]
-    notes: list[str] = []
+    notes: dict[str, list[str]] = {}
     for client in clients():
         path = cache / f"{client.name}.json"
         if not path.exists():
@@ -35,10 +35,10 @@ def table(cache: Path) -> str:
         rows.append(
             f"| `{client.name}` | {count['passed']} | {count['expected'] or ''} | {count['skipped'] or ''} |"
         )
-        notes += [
-            f"- `{client.name}` `{case.name}`: {case.reason}" for case in cases if case.outcome == "expected"
-        ]
-    return "\n".join([*rows, "", *notes])
+        for case in cases:
+            if case.outcome == "expected":
+                notes.setdefault(f"`{client.name}`: {case.reason}", []).append(f"`{case.name}`")
+    return "\n".join([*rows, "", *(f"- {why}: {', '.join(names)}" for why, names in notes.items())])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ from tests.conftest import MINILM, SMOLLM, TINY
 from tests.harness.processes import NO_LIMITS, core_process, rest_process
 
 _CHOSEN = os.environ.get("CLIENT_SUITES", "").replace(",", " ").split()
+_INSTALLERS = 4
+
+
+def is_chosen(client: Client) -> bool:
+    return client.name in _CHOSEN or "all" in _CHOSEN
 
 
 @pytest.fixture(scope="session")
@@ -28,11 +34,24 @@ def server(tiny_dir: Path, smollm_dir: Path, minilm_dir: Path, tmp_path_factory)
         yield rest.url
 
 
+@pytest.fixture(scope="session")
+def environments(models_cache: Path) -> Iterator[Path]:
+    """Where environments are kept. The chosen clients' are made meanwhile, for it is mostly waiting."""
+    cache = models_cache / "clients"
+    cache.mkdir(exist_ok=True)
+    with ThreadPoolExecutor(_INSTALLERS) as pool:
+        made = [pool.submit(client.environment, cache) for client in clients() if is_chosen(client)]
+        yield cache
+        # What went wrong is told by the test that needs the environment, which tries again.
+        for future in made:
+            future.cancel()
+
+
 @pytest.mark.smollm
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("client", clients(), ids=lambda client: client.name)
-def test_client(client: Client, models_cache: Path, request: pytest.FixtureRequest) -> None:
-    if client.name not in _CHOSEN and "all" not in _CHOSEN:
+def test_client(client: Client, request: pytest.FixtureRequest) -> None:
+    if not is_chosen(client):
         pytest.skip('CLIENT_SUITES does not name it, nor says "all"')
     settings = {
         "SERVER_URL": request.getfixturevalue("server"),
@@ -40,8 +59,7 @@ def test_client(client: Client, models_cache: Path, request: pytest.FixtureReque
         "TINY_MODEL": TINY,
         "EMBEDDING_MODEL": MINILM,
     }
-    cache = models_cache / "clients"
-    cache.mkdir(exist_ok=True)
+    cache: Path = request.getfixturevalue("environments")
     found = client.run(cache, settings)
     results.keep(cache, client, found)
     failed = [f"{case.name}: {case.reason}" for case in found if case.outcome == "failed"]
