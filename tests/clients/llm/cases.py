@@ -26,6 +26,8 @@ def test_models_are_listed():
 
 def test_a_question_is_answered():
     question = "What is the capital of France?"
+    model = ("-m", f"ollama/{CHAT}", "-o", "temperature", "0", "-o", "num_predict", "24")
+    assert "Paris" in said(*model, question)
     assert "Paris" in said(*model, "--no-stream", question)
 
 
