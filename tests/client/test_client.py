@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import doctest
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,7 +27,13 @@ from osaurus_grpc.client import (
     TransportError,
     channel,
 )
-from osaurus_grpc.v1 import inference_service_pb2, inference_service_pb2_grpc
+from osaurus_grpc.v1 import (
+    inference_service_pb2,
+    inference_service_pb2_grpc,
+    model_pb2,
+    model_service_pb2,
+    model_service_pb2_grpc,
+)
 from tests.harness.processes import core_process
 
 ASKED = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
@@ -140,6 +147,47 @@ async def test_an_unavailable_server_is_asked_again():
         assert servicer.calls == 3
     finally:
         await server.stop(None)
+
+
+class _Fetching(model_service_pb2_grpc.ModelServiceServicer):
+    """Fetches a model as no release does yet, and fails to fetch another."""
+
+    async def PullModel(self, request, context):  # noqa: N802 - the contract's name
+        for done in (1, 2):
+            yield model_service_pb2.PullModelResponse(
+                status="downloading", completed_bytes=done, total_bytes=2
+            )
+        if request.model == "broken":
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the line is cut")
+        yield model_service_pb2.PullModelResponse(model=model_pb2.Model(id=request.model))
+
+
+@asynccontextmanager
+async def fetching_server() -> AsyncIterator[str]:
+    server = grpc.aio.server()
+    model_service_pb2_grpc.add_ModelServiceServicer_to_server(_Fetching(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
+
+
+async def test_a_fetch_reports_its_progress():
+    async with fetching_server() as address, AsyncOsaurus(address) as client:
+        steps = [step async for step in client.pull("new-model", timeout=30)]
+        assert [step.completed_bytes for step in steps] == [1, 2, 0]
+        assert steps[-1].model.id == "new-model"
+        with pytest.raises(TransportError):
+            async for _ in client.pull("broken", timeout=30):
+                pass
+
+        def blocking() -> str:
+            with Osaurus(address) as other:
+                return list(other.pull("new-model", timeout=30))[-1].model.id
+
+        assert await asyncio.to_thread(blocking) == "new-model"
 
 
 def test_the_running_server_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
