@@ -231,6 +231,9 @@ class Worker:
             self._runners.clear()
             self._models.clear()
             self.free()
+            # MLX's own threads behind this thread's streams: one that is left when the process ends
+            # aborts it.
+            mx.clear_streams()
         except Exception:  # what is left of the device cannot be trusted: end, and say so
             logger.critical("event=mlx_thread_died", exc_info=True)
             self._report_death()
