@@ -35,7 +35,7 @@ class AsyncStream:
 
     def __init__(self, responses: AsyncGenerator[chat_pb2.ChatStreamResponse, None]) -> None:
         self._responses = responses
-        self._fold = ChatFold(wants_logprobs=False)
+        self._fold = ChatFold(wants_logprobs=True)
         self._is_complete = False
 
     async def __aenter__(self) -> Self:

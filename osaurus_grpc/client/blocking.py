@@ -35,7 +35,7 @@ class Stream:
 
     def __init__(self, responses: Generator[chat_pb2.ChatStreamResponse, None, None]) -> None:
         self._responses = responses
-        self._fold = ChatFold(wants_logprobs=False)
+        self._fold = ChatFold(wants_logprobs=True)
         self._is_complete = False
 
     def __enter__(self) -> Self:

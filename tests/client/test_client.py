@@ -72,6 +72,13 @@ def test_a_stream_is_the_reply_in_pieces(client: Osaurus):
         assert stream.reply().text == whole.text
 
 
+def test_a_streams_reply_has_its_log_probabilities(client: Osaurus):
+    with client.stream("Hello", top_logprobs=2, **ASKED) as stream:
+        logprobs = stream.reply().logprobs
+    assert len(logprobs) == 8
+    assert all(len(each.top) == 2 for each in logprobs)
+
+
 def test_closing_a_stream_ends_the_generation(client: Osaurus):
     with client.stream("Hello", max_tokens=100_000, ignore_eos=True) as stream:
         next(stream.text)
