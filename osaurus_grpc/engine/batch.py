@@ -26,23 +26,32 @@ from osaurus_grpc.engine import layers
 from osaurus_grpc.engine.batch_row import BatchRow
 from osaurus_grpc.engine.cache_layout import Row
 from osaurus_grpc.engine.decoding import DecodeBatch
+from osaurus_grpc.engine.logprobs import PromptScores
 from osaurus_grpc.engine.prefill import Prefill
 from osaurus_grpc.engine.prompt_cache import Prefix, PromptCache
 from osaurus_grpc.engine.sampling import RowSampler
 from osaurus_grpc.engine.slots import Slot
 from osaurus_grpc.engine.speculation import Speculation, Trial
 from osaurus_grpc.engine.token_chain import Chain
-from osaurus_grpc.engine.types import Token
+from osaurus_grpc.engine.types import PromptImages, Token
 from osaurus_grpc.errors import OsaurusError
 
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """A prompt advanced to so many of so many tokens."""
+    """A prompt advanced to so many of so many tokens.
+
+    Attributes:
+        uid: The sequence.
+        processed: Tokens of its prompt that need no computing any more.
+        total: Tokens of its prompt.
+        scores: Its tokens whose log-probabilities became known, where somebody asked.
+    """
 
     uid: int
     processed: int
     total: int
+    scores: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +60,9 @@ class Decoded:
 
     Attributes:
         uid: The sequence.
-        token: The new token; None where the sequence ended with its end-of-sequence token, or failed.
-        end: None while the sequence goes on, else "stop", "length" or the error of a constraint that
-            failed; the row has left the batch.
+        token: The new token; None where there is none, because the sequence failed or was to have none.
+        end: None while the sequence goes on; "end_token" where the token is its end and no part of it;
+            else "stop", "length" or the error of a constraint that failed. The row has left the batch.
     """
 
     uid: int
@@ -97,7 +106,7 @@ class Batch:
         self._prompt_cache = prompt_cache
         self._speculation = speculation
         self._prefill = Prefill(model)
-        self._decoding = DecodeBatch(model)
+        self._decoding = DecodeBatch(model, batch_size)
         self._next_uid = 0
         # What the prompt cache has no records of yet; the oldest first.
         self._unsaved: deque[BatchRow | _Left] = deque()
@@ -118,31 +127,36 @@ class Batch:
         chain: Chain | None = None,
         stable_tokens: int = 0,
         guesses: bool = True,
+        scores: PromptScores | None = None,
+        images: PromptImages | None = None,
     ) -> tuple[int, int]:
         """Add a sequence, to be prefilled from the next step on.
 
         Args:
-            prompt: Its tokens.
-            max_tokens: Tokens to generate at most.
+            prompt: Its tokens, pieces of images by name.
+            max_tokens: Tokens to generate at most; 0 computes the prompt only.
             sampler: Chooses them.
             ignore_eos: Generate max_tokens, whatever the model says.
             chain: The prompt's names; None makes them.
             stable_tokens: How many tokens at its beginning are likely to come again.
-            guesses: Whether it may guess ahead.
+            guesses: Whether it may guess ahead; one with images does not.
+            scores: Gets the log-probabilities of the prompt's tokens, all of which are computed then.
+            images: Those in the prompt; None is none.
 
         Returns:
             Its uid, and how many of its prompt's tokens need not be computed.
 
         Raises:
-            ValueError: An empty prompt, or a max_tokens below 1.
+            ValueError: An empty prompt, or a negative max_tokens.
         """
-        if not prompt or max_tokens < 1:
-            raise ValueError("a sequence needs a prompt and at least one token to generate")
+        if not prompt or max_tokens < 0:
+            raise ValueError("a sequence needs a prompt and a number of tokens to generate")
+        guesses = guesses and images is None  # guesses come from the prompt, and its names are no tokens
         chain = chain.copy() if chain else Chain()
         prefix, pauses = None, []
         if self._prompt_cache is not None:
             chain.extend(prompt)
-            prefix = self._beginning(self._prompt_cache, chain, prompt)
+            prefix = self._beginning(self._prompt_cache, chain, prompt) if scores is None else None
             found = prefix.length if prefix else 0
             pauses = self._prompt_cache.pauses(found, len(prompt), stable_tokens)
         found = prefix.length if prefix else 0
@@ -159,6 +173,8 @@ class Batch:
             stable_tokens=stable_tokens,
             pauses=pauses,
             drafts=self._speculation.drafts() if self._speculation is not None and guesses else None,
+            scores=scores,
+            images=images,
         )
         self._next_uid += 1
         self._prefill.rows.append(row)
@@ -208,6 +224,15 @@ class Batch:
         return len(self._decoding.rows)
 
     @property
+    def spare_rows(self) -> int:
+        """Rows beyond those it has that it may hold memory for, where that spares copies."""
+        return self._decoding.spare_rows
+
+    @spare_rows.setter
+    def spare_rows(self, rows: int) -> None:
+        self._decoding.spare_rows = rows
+
+    @property
     def trial(self) -> Trial | None:
         """The guess that the last step verified, if it did."""
         return self._decoding.trial
@@ -229,17 +254,30 @@ class Batch:
 
         Any exception leaves the batch undefined: it must be thrown away (close()).
         """
-        events = self.decode(awaited)
+        return [*self.decode(awaited), *self.prefill(prefill_tokens, awaited)]
+
+    def prefill(self, prefill_tokens: int, awaited: Container[int] = ()) -> list[BatchEvent]:
+        """Process prompts; the second half of step(), and so are its arguments."""
+        events: list[BatchEvent] = []
         store = self._prompt_cache
+        # Rows that joined the prompts since may leave less room for spare ones.
+        self._decoding.fit()
         for row in self._prefill.step(prefill_tokens, self._decoding):
             if row.pending and store is not None and (row.uid in awaited or not store.is_plain):
                 # Windows move on and states change: what is to be kept of them is kept now.
                 self._store(row, row.caches, 0, is_end=row.processed in row.pauses)
-            events.append(Prefilled(row.uid, row.processed, row.prompt_tokens))
+            told = row.scores.take() if row.scores is not None else ()
+            events.append(Prefilled(row.uid, row.processed, row.prompt_tokens, told))
+            if not (row.pending or row.tokens_left):
+                self._retire(row, row.caches)
+                events.append(Decoded(row.uid, None, "length"))
         return events
 
     def decode(self, awaited: Container[int] = ()) -> list[BatchEvent]:
-        """One token for every row whose prompt is processed, but for those whose pass is only started."""
+        """One token for every row whose prompt is processed, but for those whose pass is only started.
+
+        The first half of step().
+        """
         events: list[BatchEvent] = []
         ended: list[BatchRow] = []
         fresh: list[BatchRow] = []

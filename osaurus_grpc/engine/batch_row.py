@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from osaurus_grpc.engine.token_chain import Chain
+from osaurus_grpc.engine.types import PromptImages
 
 if TYPE_CHECKING:
+    from osaurus_grpc.engine.logprobs import PromptScores
     from osaurus_grpc.engine.sampling import RowSampler
     from osaurus_grpc.engine.speculation import Drafts
 
@@ -29,6 +31,8 @@ class BatchRow:
         stable_tokens: Of its beginning, those that are likely to come again.
         pauses: Prompt lengths at which its prefill stops to have its state kept, in ascending order.
         drafts: Guesses what it says next while it runs alone; None where nobody does.
+        scores: Gets the log-probabilities of its prompt's tokens; None where nobody asked.
+        images: Those in its prompt, whose pieces are in tokens and pending by name; None is none.
     """
 
     uid: int
@@ -43,6 +47,13 @@ class BatchRow:
     stable_tokens: int = 0
     pauses: list[int] = field(default_factory=list)
     drafts: Drafts | None = None
+    scores: PromptScores | None = None
+    images: PromptImages | None = None
+
+    @property
+    def position_delta(self) -> int:
+        """What is added to a token's place behind the prompt to give its position."""
+        return self.images.position_delta if self.images is not None else 0
 
     @property
     def processed(self) -> int:

@@ -10,8 +10,8 @@ A model with any other kind takes no part in reuse: some cannot be merged into a
 llama4 and afm7 misreport what they hold (mlx-lm #1494).
 
 In mlx-lm's batch caches, tokens lie to the right: the last place in use belongs to the last token of
-every row. That is what Row relies on; padding and stale values lie to the left. A row that is alone
-has caches without padding, in which the same holds.
+every row, and padding and stale values lie to the left. In ragged caches they lie to the left, as they
+do where a row is alone. Row knows both.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import Any
 
 from mlx_lm.models.cache import (
     ArraysCache,
-    BatchKVCache,
     BatchRotatingKVCache,
     CacheList,
     KVCache,
@@ -33,24 +32,7 @@ from mlx_lm.models.cache import (
 )
 
 from osaurus_grpc.engine.kv_piece import Plane
-
-
-class FoundCache(KVCache):  # type: ignore[misc]  # mlx-lm ships no types
-    """One layer's cache of a beginning that was found, with room for the tokens that follow.
-
-    Alone in a prompt batch, it becomes the batch's cache as it is: mlx-lm copies a cache to merge it
-    and again to lengthen it, and on a long conversation those copies are what a turn costs.
-    """
-
-    @classmethod
-    def merge(cls, caches: Sequence[KVCache]) -> BatchKVCache:
-        """The batch cache of these rows."""
-        if len(caches) > 1:
-            return BatchKVCache.merge(caches)
-        (only,) = caches
-        merged = BatchKVCache([0])
-        merged.state = only.keys, only.values, mx.array([only.offset]), merged.left_padding, only.offset
-        return merged
+from osaurus_grpc.engine.ragged_cache import RaggedKVCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +117,7 @@ class CacheLayout:
                 return window
             if keys is None or values is None:  # a layer that never uses its cache
                 return KVCache()
-            plain = FoundCache()
+            plain = KVCache()
             plain.state = keys, values, length
             return plain
 
@@ -196,6 +178,8 @@ def _in_order(cache: Any, whole: mx.array, row: int) -> tuple[mx.array, int]:
         return ordered[row], ordered.shape[2]
     if isinstance(cache, KVCache):
         return whole[row], cache.offset
+    if isinstance(cache, RaggedKVCache):
+        return whole[row], cache.lengths[row]
     if isinstance(cache, BatchRotatingKVCache) and cache.rotated:
         return mx.roll(whole[row], -cache._idx, 1), whole.shape[2]
     return whole[row], cache._idx

@@ -1,9 +1,11 @@
 """The rows of a batch that gain a token every step.
 
 One step is in flight: the pass for the next token is built and started before this step's token is
-awaited, so the device always has work (the scheme of mlx_lm.generate.GenerationBatch). A row's first
-token is the exception. It is read as soon as it is there, since somebody waits for it: MLX's CPU
-back end holds up whoever starts a pass until most of it is done.
+awaited, so the device always has work (the scheme of mlx_lm.generate.GenerationBatch). Rows under a
+constraint are no exception: what may come next is worked out from this step's token while the device
+is busy with the pass, and the choice is added to that. A row's first token is one. It is read as soon
+as it is there, since somebody waits for it: MLX's CPU back end holds up whoever starts a pass until
+most of it is done.
 
 A row that runs alone may guess ahead (speculation.py). Its tokens are then read as they come, since
 a guess follows the last one, and one pass verifies a guess. Between two steps the state is the same
@@ -18,13 +20,15 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 import mlx.nn as nn
-import numpy as np
 
 from osaurus_grpc.engine import layers
 from osaurus_grpc.engine.batch_row import BatchRow
-from osaurus_grpc.engine.sampling import BatchSampler, LogprobRow
+from osaurus_grpc.engine.logprobs import LogprobRow
+from osaurus_grpc.engine.memory import spare_rows
+from osaurus_grpc.engine.ragged_cache import STEP, lengths_of, rounded
+from osaurus_grpc.engine.sampling import BatchSampler
 from osaurus_grpc.engine.speculation import Drafts, Trial
-from osaurus_grpc.engine.types import Token, TokenLogprob
+from osaurus_grpc.engine.types import Token
 from osaurus_grpc.errors import OsaurusError
 
 # A row, its token, and how it ended, if it did: as batch.Decoded says it.
@@ -40,14 +44,19 @@ class DecodeBatch:
 
     Args:
         model: An mlx-lm model.
+        max_rows: At most.
 
     Attributes:
+        rows: In the order of the caches' rows, which changes when one leaves.
+        spare_rows: Rows beyond its own that it may hold memory for, where that spares copies.
         trial: The guess that the last step verified, if it did.
         is_timely: Whether the last step began a pass and did nothing besides.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, max_rows: int) -> None:
         self.rows: list[BatchRow] = []
+        self.spare_rows = max_rows
+        self._max_rows = max_rows
         self.caches: list[Any] = []
         self._model = model
         self._sampler = BatchSampler()
@@ -59,6 +68,8 @@ class DecodeBatch:
         # Rows whose first token is being computed.
         self._new = False
         self._steps = 0
+        # Tokens of the prompt that room is being made for; 0 is none.
+        self._expected = 0
         self.trial: Trial | None = None
         self.is_timely = False
 
@@ -79,9 +90,7 @@ class DecodeBatch:
             self._feed_read()
             mine = self.caches if len(self.rows) > 1 else layers.as_batch(self.caches)
             theirs = caches if len(rows) > 1 else layers.as_batch(caches)
-            for own, other in zip(mine, theirs, strict=True):
-                own.extend(other)
-            layers.evaluate_in_turn(mine)
+            layers.join(mine, theirs, self._seats(len(self.rows) + len(rows)))
             self.caches = mine
             self._next = mx.concatenate([self._next, tokens])
         self.rows.extend(rows)
@@ -89,6 +98,21 @@ class DecodeBatch:
         self._new = True
         for row in rows:
             row.caches = []
+        self.fit()
+
+    def expect(self, tokens: int, share: float = 0.0) -> None:
+        """A long prompt will join: make room for it little by little, that no step has to make all of it.
+
+        Args:
+            tokens: Of the prompt; 0 where none will.
+            share: Of what is left to do.
+        """
+        self._expected = tokens
+        if not (tokens and self.rows):
+            return
+        if layers.is_plain(self.caches):
+            self.caches = layers.as_batch(self.caches)
+        layers.make_way(self.caches, share, self._seats(len(self.rows) + 1), tokens)
 
     def step(self, *, guesses: bool = False) -> list[Result]:
         """The token of each row, and how it ended, if it did; the caller then drops rows that ended.
@@ -101,6 +125,7 @@ class DecodeBatch:
             guesses: Nobody else is there or about to join: a row that is alone may guess.
         """
         self.trial, self.is_timely = None, False
+        self.fit()
         drafts = self._drafts() if guesses else None
         is_timely = True
         if drafts is not None and self._read is not None:
@@ -113,20 +138,25 @@ class DecodeBatch:
         if not self.rows or (self._feed_read() and not waits):
             return []
         tokens, details = self._next, self._details
-        # Masks, guesses and draws on the host need what came before: nothing can be started ahead of it.
+        # Guesses and draws on the host need what came before: nothing can be started ahead of it.
         starts = not (self._new or waits) and any(row.tokens_left > 1 for row in self.rows)
-        if starts:
-            self._start_next()
+        is_guarded = any(row.sampler.guard is not None for row in self.rows)
+        logits = self._begin_next() if starts else None
+        if logits is not None and not is_guarded:
+            self._choose(logits)
         self.is_timely = self.is_timely and is_timely
         ids = cast("list[int]", tokens.tolist())
         if starts:
             self._note_fed(ids)
         else:
             self._read, self._new = ids, False
-        return [
+        results = [
             (row, *_outcome(row, token_id, detail))
             for row, token_id, detail in zip(self.rows, ids, details, strict=True)
         ]
+        if logits is not None and is_guarded:
+            self._choose(logits)
+        return results
 
     def _drafts(self) -> Drafts | None:
         """The only row's, where it guesses now."""
@@ -179,7 +209,7 @@ class DecodeBatch:
 
     @property
     def _waits(self) -> bool:
-        """Whether tokens must be known before the next pass is started."""
+        """Whether the logits must be known before the next pass is started."""
         return any(row.sampler.needs_host for row in self.rows)
 
     def _feed_read(self) -> bool:
@@ -187,7 +217,7 @@ class DecodeBatch:
         if self._read is None:
             return False
         ids, self._read = self._read, None
-        self._start_next()
+        self._choose(self._begin_next())
         self._note_fed(ids)
         return True
 
@@ -195,41 +225,76 @@ class DecodeBatch:
         for row, token_id in zip(self.rows, ids, strict=True):
             row.tokens.append(token_id)
 
-    def _start_next(self) -> None:
-        """Build the pass that is fed the tokens in flight, choose what comes after them, and start it."""
-        fed = self._next
-        logits = self._model(fed[:, None], cache=self.caches)[:, -1, :]
-        self._next, self._details = self._sampler.sample([row.sampler for row in self.rows], fed, logits)
+    def _begin_next(self) -> mx.array:
+        """Build the pass that is fed the tokens in flight; its logits, shape (rows, vocab_size)."""
+        inputs = self._inputs()
+        logits = cast("mx.array", self._model(self._next[:, None], cache=self.caches, **inputs)[:, -1, :])
+        if any(row.sampler.guard is not None for row in self.rows):
+            # The device goes ahead while it is worked out what may come next.
+            mx.async_eval(logits)  # type: ignore[no-untyped-call]  # MLX's stub
+        return logits
+
+    def _choose(self, logits: mx.array) -> None:
+        """Choose what comes after the tokens in flight, and have it computed.
+
+        The guards have been fed those tokens.
+        """
+        samplers = [row.sampler for row in self.rows]
+        self._next, self._details = self._sampler.sample(samplers, self._next, logits)
         start(self.rows, self._next, self._details)
         self.is_timely = True
         self._steps += 1
         if self._steps % STATE_EVALUATION_STEPS == 0:
             layers.evaluate(self.caches)
 
+    def _inputs(self) -> dict[str, mx.array]:
+        """What else the model is called with: images may take fewer positions than tokens."""
+        deltas = [row.position_delta for row in self.rows]
+        return {"position_deltas": mx.array(deltas)} if any(deltas) else {}
+
     def drop(self, leaving: Collection[BatchRow]) -> None:
-        """Let rows leave, with their caches, whatever token they are at."""
-        keep = [i for i, row in enumerate(self.rows) if row not in leaving]
-        if len(keep) == len(self.rows):
+        """Let rows leave, with their caches, whatever token they are at. The last ones take their seats."""
+        gone = [i for i, row in enumerate(self.rows) if row in leaving]
+        if not gone:
             return
-        self.rows = [self.rows[i] for i in keep]
-        self._details = [self._details[i] for i in keep]
-        if self._read is not None:
-            self._read = [self._read[i] for i in keep]
-        if not keep:
+        order = layers.arrangement(len(self.rows), gone)
+        if not order:
             self.clear()
             return
-        for cache in self.caches:
-            cache.filter(keep)
-        layers.evaluate_in_turn(self.caches)
-        self._next = self._next[mx.array(keep)]
-        if len(keep) == 1:
-            self.caches = layers.as_single(self.caches, copies=self.rows[0].drafts is not None)
+        self.rows = [self.rows[i] for i in order]
+        self._details = [self._details[i] for i in order]
+        if self._read is not None:
+            self._read = [self._read[i] for i in order]
+        self._next = self._next[mx.array(order)]
+        single = layers.as_single(self.caches, order[0]) if len(order) == 1 else None
+        if single is None:
+            layers.leave(self.caches, order)
+            self.fit()
+        else:
+            self.caches = single
+
+    def _seats(self, rows: int) -> int:
+        """Rows to make room for when there are so many and the caches are copied anyway."""
+        spare = min(self.spare_rows, spare_rows(rows))
+        return max(rows, min(self._max_rows, rows + max(spare // 2, min(spare, 1))))
+
+    def fit(self) -> None:
+        """Give back memory beyond what may be held: of rows that left or do not come, or of long ones."""
+        seats, capacity = layers.places(self.caches)
+        if not seats:
+            return
+        rows = len(self.rows) + bool(self._expected)
+        longest = max(*lengths_of(self.caches), self._expected)
+        allowed = max(rows, min(self._max_rows, rows + min(self.spare_rows, spare_rows(rows))))
+        if seats * capacity > allowed * (longest + STEP):
+            layers.resize(self.caches, self._seats(rows), rounded(longest + 1))
 
     def clear(self) -> None:
         """Drop all rows, whatever state an exception left them in."""
         self.rows, self.caches, self._details = [], [], []
         self._next = mx.array([], dtype=mx.uint32)
         self._read, self._new = None, False
+        self._expected = 0
 
 
 def start(
@@ -251,22 +316,11 @@ def _outcome(
     guard = row.sampler.guard
     if guard is not None:
         guard.feed(token_id)
+    token = Token(token_id) if detail is None else detail.token(token_id)
     if token_id in row.end_tokens:
-        return None, "stop"
+        return token, "end_token"
     if guard is not None and guard.failure is not None:
         return None, guard.failure
-    token = _token(token_id, detail)
     if guard is not None and guard.is_done:
         return token, "stop"
     return token, None if row.tokens_left else "length"
-
-
-def _token(token_id: int, detail: LogprobRow | None) -> Token:
-    """A token with its log-probabilities, which were evaluated with it."""
-    if detail is None:
-        return Token(token_id)
-    ids, values = np.asarray(detail.top_ids), np.asarray(detail.top)
-    top = tuple(
-        TokenLogprob(int(i), float(value)) for i, value in zip(ids.tolist(), values.tolist(), strict=True)
-    )
-    return Token(token_id, float(np.asarray(detail.chosen)), top)

@@ -8,10 +8,12 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
+from osaurus_grpc.engine.arrivals import Arrival
 from osaurus_grpc.engine.memory import KVBudget, KVMemory
 from osaurus_grpc.engine.prefix_disk import PrefixDisk
 from osaurus_grpc.engine.runner import Delivery
@@ -28,7 +30,6 @@ from osaurus_grpc.errors import (
     CapabilityError,
     DrainingError,
     EngineError,
-    InsufficientMemoryError,
     InvalidRequestError,
     ModelNotFoundError,
     OsaurusError,
@@ -60,6 +61,7 @@ class EngineStats:
         kv_kept_bytes: KV caches kept for requests that begin alike.
         kv_budget_bytes: What both together may take.
         kv_disk_bytes: KV caches in files.
+        kv_disk_failing: Whether none can be written, for want of room above all.
         preemptions: Times a sequence gave its place back because memory ran out.
         cache_lookups: Prompts whose beginning was looked for in kept KV caches.
         cache_hits: Those that had one.
@@ -77,6 +79,7 @@ class EngineStats:
     kv_kept_bytes: int
     kv_budget_bytes: int
     kv_disk_bytes: int
+    kv_disk_failing: bool
     preemptions: int
     cache_lookups: int
     cache_hits: int
@@ -124,7 +127,7 @@ class Engine:
         max_batch_size: Sequences of a model decoded together.
         max_waiting_requests: Sequences that may wait for a place, over all models.
         prefill_chunk_tokens: Prompt tokens processed between two decode steps at most.
-        max_pause_steps: Decode steps that a prefill chunk may take as long as while others decode.
+        max_pause_steps: As StepClock has it.
         prompt_cache_bytes: Of the KV caches that each model keeps for requests that begin alike; 0
             keeps none.
         prompt_cache_bits: Quantize these to 8 or 4 bits while they are kept; 0 keeps them as they are.
@@ -271,6 +274,10 @@ class Engine:
         )
         self._models[model_id] = _Attached(vocab_size, memory)
 
+    async def require_draft(self, model_id: str) -> None:
+        """Raise ModelUnusableError where a model in service cannot draft: its KV cache cannot be cut back."""
+        await self.call(lambda: self._worker.require_draft(model_id))
+
     def attach_embedder(self, model_id: str, embedder: Embedder) -> None:
         """Take what makes embedding vectors with a loaded model into service."""
         self._embedders[model_id] = embedder
@@ -338,6 +345,7 @@ class Engine:
             kv_kept_bytes=self._budget.kept_bytes,
             kv_budget_bytes=self._budget.limit_bytes,
             kv_disk_bytes=self._prefix_disk.nbytes if self._prefix_disk is not None else 0,
+            kv_disk_failing=self._prefix_disk is not None and self._prefix_disk.is_failing,
             preemptions=self._budget.preemptions,
             cache_lookups=cache.lookups,
             cache_hits=cache.hits,
@@ -347,16 +355,26 @@ class Engine:
             accepted_tokens=self._worker.speculation_counters.accepted,
         )
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
-        """Generate one sequence.
+    def expecting(self, count: int = 1) -> AbstractContextManager[Arrival]:
+        """Announce a request of so many sequences that is being readied, for the time of a block.
 
-        Yields PrefillStarted, PrefillProgress*, TokensGenerated*, GenerationFinished. Tokens that
+        Requests that are submitted meanwhile may wait for it a little, to be prefilled together.
+        """
+        return self._worker.arrivals.expect(count)
+
+    async def generate(
+        self, request: GenerationRequest, arrival: Arrival | None = None
+    ) -> AsyncGenerator[EngineEvent, None]:
+        """Generate one sequence, of a request that may have been announced.
+
+        Yields PrefillStarted, PrefillProgress* with PromptScored* among them where the prompt is to be
+        scored, TokensGenerated*, GenerationFinished. Tokens that
         arrived together come as one event. Closing the generator, or cancelling the task that reads
         it, frees the sequence's place before the next step.
 
         Raises:
             InvalidRequestError: The request does not fit the model.
-            InsufficientMemoryError: Its KV cache would not fit even alone.
+            ContextLengthError: There would not be memory for its prompt's KV cache even alone.
             OverloadedError: The queue is full.
             EngineError: The device failed on this sequence.
             DrainingError: The engine is stopping, or the model was unloaded.
@@ -376,6 +394,8 @@ class Engine:
             else:  # unloaded since it was checked
                 self._deliver([(sequence, DrainingError())])
 
+        if arrival is not None:
+            arrival.submitted()
         self._worker.post(submit)
         try:
             while not is_over:
@@ -444,12 +464,18 @@ class Engine:
 
     async def _require_memory(self, attached: _Attached, request: GenerationRequest) -> None:
         """Refuse what would not fit even alone, by the memory that is free now."""
+
+        def require() -> None:
+            attached.memory.require_possible(
+                len(request.prompt), request.max_tokens, field=request.prompt_field
+            )
+
         try:
-            attached.memory.require_possible(len(request.prompt), request.max_tokens)
-        except InsufficientMemoryError:
+            require()
+        except InvalidRequestError:
             # Less may have been free when the budget was set, which is when a model last came or went.
             await self.call(self._worker.adapt)
-            attached.memory.require_possible(len(request.prompt), request.max_tokens)
+            require()
 
     def _check(self, request: GenerationRequest) -> _Attached:
         """Refuse what would fail, or kill the process, inside a step."""
@@ -461,13 +487,14 @@ class Engine:
             raise ModelNotFoundError(request.model_id)
         vocab_size = attached.vocab_size
         if not request.prompt:
-            raise InvalidRequestError("The prompt is empty.", field="prompt")
+            raise InvalidRequestError("The prompt is empty.", field=request.prompt_field)
         if not 0 <= min(request.prompt) <= max(request.prompt) < vocab_size:
             raise InvalidRequestError(
-                f"The prompt holds token ids outside 0 to {vocab_size - 1}.", field="prompt"
+                f"The prompt holds token ids outside 0 to {vocab_size - 1}.",
+                field=request.prompt_field,
             )
-        if request.max_tokens < 1:
-            raise InvalidRequestError("max_tokens must be at least 1.", field="sampling.max_tokens")
+        if request.max_tokens < 0:
+            raise InvalidRequestError("max_tokens must not be negative.", field="sampling.max_tokens")
         for token_id in request.sampling.logit_bias:
             if not 0 <= token_id < vocab_size:  # MLX on a CPU would write outside its buffer
                 raise InvalidRequestError(

@@ -49,8 +49,8 @@ class Guard:
                 self._fail(error)
 
     def mask(self) -> npt.NDArray[np.uint32] | None:
-        """Tokens that may come next, as Constraint.mask(); None after a failure."""
-        if self.failure is not None:
+        """Tokens that may come next, as Constraint.mask(); None after a failure, or where none may."""
+        if self.failure is not None or self._constraint.is_done:
             return None
         try:
             return self._constraint.mask()

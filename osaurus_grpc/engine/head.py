@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from osaurus_grpc.models.platform import mx  # isort: skip  # first: it loads the BLAS before MLX
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import mlx.nn as nn
@@ -44,26 +45,34 @@ class OutputHead:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._wanted, self.is_found = _install(model)
+        # A model that takes images has linear layers that are no head, too.
+        self._wanted, self.is_found = _install(getattr(model, "text_model", model))
 
     def spares(self, positions: int) -> bool:
         """Whether logits() on so many positions a row costs about what the positions do."""
         return self.is_found or positions <= _CHEAP_POSITIONS
 
-    def logits(self, ids: mx.array, caches: list[Any], positions: Sequence[int]) -> mx.array:
+    def logits(
+        self,
+        ids: mx.array,
+        caches: list[Any],
+        positions: Sequence[int],
+        inputs: Mapping[str, mx.array] = MappingProxyType({}),
+    ) -> mx.array:
         """The logits after one position of each row. Lazy.
 
         Args:
             ids: Token ids, shape (rows, length).
             caches: One a layer.
             positions: One a row, from 0.
+            inputs: What else to call the model with.
 
         Returns:
             Of the model's dtype, shape (rows, vocab_size).
         """
         self._wanted.positions = tuple(positions) if ids.shape[1] > 1 else None
         try:
-            logits = cast("mx.array", self._model(ids, cache=caches))
+            logits = cast("mx.array", self._model(ids, cache=caches, **inputs))
         finally:
             self._wanted.positions = None
         if logits.shape[1] > 1:  # the head is not where it was looked for

@@ -69,18 +69,22 @@ def join(pieces: Sequence[Piece], *, skip: int = 0, room: int = 0) -> Iterator[P
 
     Args:
         pieces: At least one, of the same layers.
-        skip: Tokens to leave out at the beginning.
+        skip: Tokens to leave out at the beginning, fewer than the first piece has.
         room: Places for further tokens to add at the end.
     """
     first = pieces[0]
     for i, numbers in enumerate(first.planes):
-        parts = [
-            mx.concatenate(list(same), axis=2) for same in zip(*(p.stacks[i] for p in pieces), strict=True)
-        ]
-        stack = _unpack(parts, first.bits)[:, :, skip:]
+        same = [piece.stacks[i] for piece in pieces]
+        if len(same[0]) > 1:
+            parts = [mx.concatenate(list(part), axis=2) for part in zip(*same, strict=True)]
+            same = [(_unpack(parts, first.bits),)]
+        arrays = [array for (array,) in same]
+        arrays[0] = arrays[0][:, :, skip:]
         if room:
-            planes, heads, _, dim = stack.shape
-            stack = mx.concatenate([stack, mx.zeros((planes, heads, room, dim), dtype=stack.dtype)], axis=2)
+            planes, heads, _, dim = arrays[0].shape
+            arrays.append(mx.zeros((planes, heads, room, dim), dtype=arrays[0].dtype))
+        # Joined at once, room and all: each further copy of a long beginning is felt.
+        stack = mx.concatenate(arrays, axis=2)
         # One array a plane, so that each can be written to in place.
         for number, plane in zip(numbers, mx.split(stack, len(numbers)), strict=True):
             yield number, mx.contiguous(plane)
@@ -94,8 +98,6 @@ def _pack(stack: mx.array, bits: int) -> tuple[mx.array, ...]:
 
 
 def _unpack(stack: Sequence[mx.array], bits: int) -> mx.array:
-    if len(stack) == 1:
-        return stack[0]
     values, scales, biases = stack
     group_size = values.shape[-1] * 32 // bits // scales.shape[-1]
     return mx.dequantize(values, scales, biases, group_size=group_size, bits=bits)

@@ -1,10 +1,15 @@
 """Who may run so that the KV caches fit in memory. Counts bytes; holds no tensors.
 
 All models share one budget. What a model's running sequences take of it is computed, not measured,
-and errs upwards: mlx-lm keeps a batch as one tensor a layer, every row padded to the longest, grown in
-steps of 256 tokens, and copies it when a row joins or leaves. A batch of B rows is therefore counted
-as B + 1 rows of the longest one's length. One long row among many short ones is dear, so it waits
-until few enough of them are left.
+and errs upwards: a batch is one tensor a layer, every row as long as the longest, grown in steps of 256
+tokens. A row that joins has caches of its own until it is written into the batch's, and where these
+are copied to grow, a few layers exist twice. A batch of B rows is therefore counted as B + 1 rows of
+the longest one's length. One long row among many short ones is dear, so it waits until few enough of
+them are left.
+
+A batch that holds memory for more rows than it has need not be copied when one joins, and one that
+keeps what a row left need not be copied then. Such spare rows are counted too, but they have only
+what nobody else wants: running sequences and kept beginnings go first.
 
 A sequence is let in with the tokens it has and room for one step of growth, not with all it might
 generate: answers are mostly far shorter than their limit, and a default of some thousand tokens
@@ -29,7 +34,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from osaurus_grpc.engine.sequence import Sequence
-from osaurus_grpc.errors import InsufficientMemoryError
+from osaurus_grpc.errors import ContextLengthError, InvalidRequestError
 
 # mlx-lm's caches allocate in steps of so many tokens; also the growth a sequence is let in with.
 STEP_TOKENS = 256
@@ -74,6 +79,15 @@ class KVFootprint:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.batch_bytes(1, middle) <= limit else (low, middle - 1)
         return low
+
+
+def spare_rows(rows: int) -> int:
+    """Rows that a batch of so many may hold memory for beyond them, at most.
+
+    As many again: then rows that join or leave one by one have a batch copied a logarithmic number of
+    times. A row that is alone has caches of its own.
+    """
+    return max(2, rows) if rows > 1 else 0
 
 
 class KeptCaches(Protocol):
@@ -123,7 +137,7 @@ class KVBudget:
 
     @property
     def running_bytes(self) -> int:
-        """What running sequences are counted as."""
+        """What running sequences are counted as, spare rows included."""
         return sum(member.running_bytes for member in self._members)
 
     @property
@@ -132,8 +146,8 @@ class KVBudget:
         return sum(member.kept.nbytes for member in self._members)
 
     def running_elsewhere(self, member: KVMemory) -> int:
-        """What the sequences of other models are counted as."""
-        return sum(other.running_bytes for other in self._members if other is not member)
+        """What the sequences of other models need; their spare rows give way."""
+        return sum(other.needed_bytes for other in self._members if other is not member)
 
     def oldest_elsewhere(self, member: KVMemory) -> float:
         """When the oldest running sequence of other models was submitted."""
@@ -155,15 +169,20 @@ class KVMemory:
         budget: Shared by all models.
         footprint: Of this model's sequences.
         kept: Its kept beginnings.
+        max_rows: Sequences that run at most.
 
     Attributes:
-        running_bytes: What its running sequences are counted as.
+        needed_bytes: What its running sequences need at least.
+        running_bytes: What they are counted as, spare rows included.
+        spare_rows: Rows that its batch may hold memory for beyond those that run.
         oldest: When the oldest of them was submitted, monotonic seconds; infinity where none runs.
     """
 
-    def __init__(self, budget: KVBudget, footprint: KVFootprint, kept: KeptCaches) -> None:
+    def __init__(self, budget: KVBudget, footprint: KVFootprint, kept: KeptCaches, max_rows: int) -> None:
         self.kept = kept
-        self.running_bytes = 0
+        self.needed_bytes = self.running_bytes = 0
+        self.spare_rows = 0
+        self._max_rows = max_rows
         self.oldest = _FOREVER
         self._budget = budget
         self._footprint = footprint
@@ -171,16 +190,37 @@ class KVMemory:
 
     def close(self) -> None:
         """Give everything back: the model goes out of service."""
-        self.running_bytes = 0
+        self.needed_bytes = self.running_bytes = self.spare_rows = 0
         self._budget.leave(self)
 
-    def require_possible(self, prompt_tokens: int, max_tokens: int) -> None:
-        """Raise InsufficientMemoryError where a request would not fit even alone. On any thread."""
-        limit = self._footprint.tokens_within(self._budget.limit_bytes)
-        if prompt_tokens + max_tokens > limit:
-            raise InsufficientMemoryError(
-                f"The request may take {prompt_tokens + max_tokens} tokens of KV cache, {prompt_tokens} of "
-                f"the prompt and {max_tokens} by max_tokens; the server has memory for {max(limit, 0)}."
+    def require_possible(self, prompt_tokens: int, max_tokens: int, *, field: str = "prompt") -> None:
+        """Refuse a request that would not fit even alone; waiting would not help it. On any thread.
+
+        Args:
+            prompt_tokens: Of its prompt.
+            max_tokens: That it may generate.
+            field: Where the prompt is.
+
+        Raises:
+            ContextLengthError: There is not memory for the prompt.
+            InvalidRequestError: There is for the prompt, and not for all of max_tokens.
+        """
+        limit = max(0, self._footprint.tokens_within(self._budget.limit_bytes))
+        room = limit - prompt_tokens
+        if room < min(max_tokens, 1):
+            raise ContextLengthError(
+                limit=limit,
+                prompt_tokens=prompt_tokens,
+                field=field,
+                message=f"The prompt has {prompt_tokens} tokens; the server has memory for the KV cache of "
+                f"{limit}, the answer included.",
+            )
+        if room < max_tokens:
+            raise InvalidRequestError(
+                f"max_tokens must be at most {room} beside this prompt of {prompt_tokens} tokens: the server "
+                f"has memory for the KV cache of {limit}, and {max_tokens} may be generated.",
+                field="sampling.max_tokens",
+                metadata={"limit": str(limit), "prompt_tokens": str(prompt_tokens)},
             )
 
     def opening(self, running: Iterable[Sequence]) -> Opening:
@@ -218,8 +258,13 @@ class KVMemory:
         self._note(rows, self._needed(rows))
 
     def _note(self, rows: list[Sequence], needed: int) -> None:
-        self.running_bytes = needed
+        self.needed_bytes = self.running_bytes = needed
         self.oldest = min(map(_age, rows), default=_FOREVER)
+        longest = max((row.total_tokens for row in rows), default=0)
+        room = self._budget.limit_bytes - self._budget.running_bytes - self._budget.kept_bytes
+        each = max(1, self._footprint.row_bytes(longest))
+        self.spare_rows = max(0, min(spare_rows(len(rows)), self._max_rows - len(rows), room // each))
+        self.running_bytes += self.spare_rows * each
         self._budget.press(self)
 
     def _needed(self, rows: list[Sequence]) -> int:

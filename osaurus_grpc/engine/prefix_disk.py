@@ -1,6 +1,6 @@
 """The one thread that reads and writes prefix files, and what waits for it.
 
-Restores go before saves: somebody waits for them. A restore takes one run at a time, so that several
+Restores go before saves: somebody waits for them. A restore takes one file at a time, so that several
 take turns; a save waits with its arrays, which it pins beyond the KV budget, and is dropped where too
 many bytes wait: the next request that goes on from there has it written.
 Dropping old files to make room is part of a save.
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from osaurus_grpc.engine.prefix_files import Bytes, PrefixFiles, Run, RunKey
+from osaurus_grpc.engine.prefix_files import Bytes, Content, FileKey, PrefixFiles
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +34,12 @@ class Restore:
     Attributes:
         wanted: Their names and tokens, in order.
         layout: What their arrays must be.
-        deliver: Called on the I/O thread with each run that was read, in order, and with None at the end;
+        deliver: Called on the I/O thread with each file that was read, in order, and with None at the end;
             must return at once and not raise.
         is_cancelled: Set to have no more of them.
     """
 
-    wanted: Sequence[tuple[RunKey, tuple[int, ...]]]
+    wanted: Sequence[tuple[FileKey, tuple[int, ...]]]
     layout: str
     deliver: Callable[[Restore, int, dict[str, Bytes] | None], None]
     is_cancelled: bool = False
@@ -47,7 +47,7 @@ class Restore:
 
 
 class PrefixDisk:
-    """Reads and writes runs in the background.
+    """Reads and writes files in the background.
 
     Args:
         files: The directory; nobody else may use it from now on.
@@ -56,10 +56,10 @@ class PrefixDisk:
     def __init__(self, files: PrefixFiles) -> None:
         self._files = files
         self._restores: queue.SimpleQueue[Restore] = queue.SimpleQueue()
-        self._saves: queue.SimpleQueue[Run | list[RunKey]] = queue.SimpleQueue()
+        self._saves: queue.SimpleQueue[Content | list[FileKey]] = queue.SimpleQueue()
         self._waiting = threading.Semaphore(0)
         self._lock = threading.Lock()
-        self._pending: set[RunKey] = set()
+        self._pending: set[FileKey] = set()
         self._pending_bytes = 0
         self._stop_at: float | None = None
         # A daemon: a disk that never answers must not keep the process from ending.
@@ -82,12 +82,25 @@ class PrefixDisk:
         """Bytes of all files."""
         return self._files.nbytes
 
-    def has(self, key: RunKey) -> bool:
-        """Whether a run is in a file, as far as is known without reading it."""
+    @property
+    def is_failing(self) -> bool:
+        """Whether files cannot be written at present."""
+        return self._files.is_failing
+
+    def has(self, key: FileKey) -> bool:
+        """Whether there is such a file, as far as is known without reading it."""
         return self._files.has(key)
 
-    def wants(self, key: RunKey) -> bool:
-        """Whether save() would take a run."""
+    def size(self, key: FileKey) -> int:
+        """Bytes of a file; 0 where there is none."""
+        return self._files.size(key)
+
+    def tails(self, model: str, name: bytes) -> frozenset[bytes]:
+        """The tails of all ends behind a block."""
+        return self._files.tails(model, name)
+
+    def wants(self, key: FileKey) -> bool:
+        """Whether save() would take such a file."""
         return (
             self._files.is_writable
             and self._pending_bytes < _WAITING_SAVE_BYTES
@@ -95,23 +108,23 @@ class PrefixDisk:
             and not self._files.has(key)
         )
 
-    def save(self, runs: Sequence[Run], chain: Sequence[RunKey]) -> None:
-        """Write runs some time later.
+    def save(self, contents: Sequence[Content], chain: Sequence[FileKey]) -> None:
+        """Write files some time later.
 
         Args:
-            runs: In order; their arrays must not change any more.
-            chain: All runs of the beginning they belong to, in order.
+            contents: In order; their arrays must not change any more.
+            chain: All files of the beginning they belong to, those first that others are of no use without.
         """
-        for run in runs:
+        for content in contents:
             with self._lock:
-                if run.key in self._pending or self._pending_bytes + run.nbytes > _WAITING_SAVE_BYTES:
+                if content.key in self._pending or self._pending_bytes + content.nbytes > _WAITING_SAVE_BYTES:
                     break  # those behind it would be of no use
-                self._pending.add(run.key)
-                self._pending_bytes += run.nbytes
-            self._put(run)
+                self._pending.add(content.key)
+                self._pending_bytes += content.nbytes
+            self._put(content)
         self._put(_by_use(chain))
 
-    def _put(self, job: Run | list[RunKey]) -> None:
+    def _put(self, job: Content | list[FileKey]) -> None:
         self._saves.put(job)
         self._waiting.release()
 
@@ -149,13 +162,13 @@ class PrefixDisk:
             job = self._saves.get_nowait()
         except queue.Empty:
             return
-        if isinstance(job, Run):
+        if isinstance(job, Content):
             self._write(job)
         else:
             self._files.touch(job)
 
     def _read(self, restore: Restore) -> None:
-        """Read a restore's next run; what is left goes behind the other restores."""
+        """Read a restore's next file; what is left goes behind the other restores."""
         position = restore.position
         if restore.is_cancelled:
             return
@@ -173,15 +186,15 @@ class PrefixDisk:
         self._restores.put(restore)
         self._waiting.release()
 
-    def _write(self, run: Run) -> None:
+    def _write(self, content: Content) -> None:
         try:
-            self._files.write(run)
+            self._files.write(content)
         finally:
             with self._lock:
-                self._pending.discard(run.key)
-                self._pending_bytes -= run.nbytes
+                self._pending.discard(content.key)
+                self._pending_bytes -= content.nbytes
 
 
-def _by_use(chain: Sequence[RunKey]) -> list[RunKey]:
-    """Successors before predecessors: a run is of no use without those before it."""
+def _by_use(chain: Sequence[FileKey]) -> list[FileKey]:
+    """Successors before predecessors: a file is of no use without those before it."""
     return list(reversed(chain))

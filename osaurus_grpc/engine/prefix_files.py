@@ -5,14 +5,20 @@ named by the name of its last block, which stands for all tokens before it too. 
 sixteen times as many; a longer run would lose more of a prompt that ends inside it. Beginnings are
 therefore found in steps of 256 tokens.
 
+Or it holds the end of a sequence of a model that cannot be taken up anywhere: what its windows and
+recurrent states hold just there, and what lies behind the last whole run. Its name has a hash over the
+tokens behind the last whole block as well.
+
 The files are safetensors, in a folder for each model and way of computing it:
 
     DIR/<model key>/<name of the last block>.safetensors
+    DIR/<model key>/<name of the last block>-<hash of the tail>.safetensors
 
-A file's metadata hold the tokens, which are compared, the layout of the arrays, and a checksum (BLAKE2b)
-over all of it. What does not agree in any of these is deleted and counts as missing. Files are written
-under another name and renamed; they are not synchronised to the medium, since all that a power cut can
-cost is that they are computed again, and the checksum finds torn ones.
+A file's metadata hold the tokens, which are compared, the layout of the arrays, and a checksum (XXH3, of
+128 bits) over all of it: against damage, not against whoever may write here. What does not agree in any
+of these is deleted and counts as missing. Files are written under another name and renamed; they are not
+synchronised to the medium, since all that a power cut can cost is that they are computed again, and the
+checksum finds torn ones.
 
 Files that were not used for longest go first; the time of use is kept as the file's modification time,
 so that it outlives the process too. Those of models that are gone are never used again and go that way.
@@ -22,6 +28,7 @@ They hold conversations: folders and files are their owner's alone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -38,6 +45,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors
 import safetensors.numpy
+import xxhash
 
 from osaurus_grpc.engine.token_chain import BLOCK_TOKENS
 
@@ -46,14 +54,16 @@ logger = logging.getLogger(__name__)
 RUN_BLOCKS = 16
 RUN_TOKENS = RUN_BLOCKS * BLOCK_TOKENS
 
-_FORMAT = "osaurus-prefix-1"
+_FORMAT = "osaurus-prefix-2"
 _SUFFIX = ".safetensors"
 _TEMPORARY = ".part"
-_CHECKSUM_BYTES = 16
+_TAIL_HASH_BYTES = 8
 _MOST_BYTES = 30 * 2**30
 _SHARE_OF_FREE_SPACE = 0.25
 # A temporary file this old belongs to no process that still writes it.
 _ABANDONED_SECONDS = 600.0
+# How long after a write that failed the next one is tried.
+_RETRY_SECONDS = 30.0
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -63,30 +73,32 @@ class PrefixDirectoryError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class RunKey:
-    """What a run is called.
+class FileKey:
+    """What a file is called.
 
     Attributes:
         model: A model's key, of hexadecimal digits.
-        name: Of the run's last block.
+        name: Of the last block in it.
+        tail: Of a sequence's end, tail_hash() of what follows that block; b"" is a run.
     """
 
     model: str
     name: bytes
+    tail: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """A run's caches.
+class Content:
+    """What a file holds.
 
     Attributes:
         key: Its name.
-        tokens: Its RUN_TOKENS token ids.
+        tokens: The RUN_TOKENS token ids of a run; all those of a sequence that ends here.
         layout: Says what the arrays are; a reader compares it with its own.
         arrays: Raw bytes of each array, under names that the layout gives a meaning.
     """
 
-    key: RunKey
+    key: FileKey
     tokens: tuple[int, ...]
     layout: str
     arrays: Mapping[str, Bytes]
@@ -108,10 +120,19 @@ def model_key(identity: str, layout: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-class PrefixFiles:
-    """A directory of runs, bounded in bytes.
+def tail_hash(tokens: Sequence[int]) -> bytes:
+    """What the end of a sequence is called by, beside its last whole block.
 
-    has() may be called on any thread; all else belongs to one.
+    Args:
+        tokens: Those behind that block, which may be none.
+    """
+    return hashlib.blake2b(_raw(tokens), digest_size=_TAIL_HASH_BYTES).digest()
+
+
+class PrefixFiles:
+    """A directory of runs and ends, bounded in bytes.
+
+    has(), size() and tails() may be called on any thread; all else belongs to one.
 
     Args:
         directory: Made where it is missing.
@@ -124,18 +145,19 @@ class PrefixFiles:
     def __init__(self, directory: Path, max_bytes: int) -> None:
         self._directory = directory
         self._max_bytes = max_bytes
+        self._is_sized_by_room = max_bytes < 0
         # Least recently used first, with their sizes.
-        self._sizes: OrderedDict[RunKey, int] = OrderedDict()
+        self._sizes: OrderedDict[FileKey, int] = OrderedDict()
+        # Of the sequences that end behind a block. Replaced and never changed: others read it.
+        self._tails: dict[tuple[str, bytes], frozenset[bytes]] = {}
         self._bytes = 0
         self._temporaries = 0
         self._last_use = 0
-        self.is_writable = True
+        self._failed_at: float | None = None
         try:
             self._prepare()
             self._scan()
-            if max_bytes < 0:
-                room = shutil.disk_usage(directory).free + self._bytes
-                self._max_bytes = min(_MOST_BYTES, int(_SHARE_OF_FREE_SPACE * room))
+            self._measure_room()
         except OSError as error:
             raise PrefixDirectoryError(error.strerror or "the system refuses") from error
         self._make_room(0)
@@ -148,12 +170,31 @@ class PrefixFiles:
         """Bytes of all files."""
         return self._bytes
 
-    def has(self, key: RunKey) -> bool:
-        """Whether there is such a run, as far as known without reading it."""
+    @property
+    def is_failing(self) -> bool:
+        """Whether the last write failed, for want of room above all."""
+        return self._failed_at is not None
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether a write is worth a try: the last one did not fail, or that is a while ago."""
+        failed_at = self._failed_at
+        return failed_at is None or time.monotonic() - failed_at >= _RETRY_SECONDS
+
+    def has(self, key: FileKey) -> bool:
+        """Whether there is such a file, as far as known without reading it."""
         return key in self._sizes
 
-    def read(self, key: RunKey, tokens: Sequence[int], layout: str) -> dict[str, Bytes] | None:
-        """A run's arrays, or None where there is none or it is not what it should be; then it is dropped.
+    def size(self, key: FileKey) -> int:
+        """Bytes of a file; 0 where there is none."""
+        return self._sizes.get(key, 0)
+
+    def tails(self, model: str, name: bytes) -> frozenset[bytes]:
+        """The tails of all ends behind a block."""
+        return self._tails.get((model, name), frozenset())
+
+    def read(self, key: FileKey, tokens: Sequence[int], layout: str) -> dict[str, Bytes] | None:
+        """A file's arrays, or None where there is none or it is not what it should be; then it is dropped.
 
         Args:
             key: Its name.
@@ -173,25 +214,42 @@ class PrefixFiles:
             self._drop(key)
         return arrays
 
-    def write(self, run: Run) -> None:
-        """Write a run, older ones making room; does nothing once a write has failed."""
-        if run.key in self._sizes or not self.is_writable:
+    def write(self, content: Content) -> None:
+        """Write a file, older ones making room; does nothing for a while once a write has failed."""
+        if content.key in self._sizes or not self.is_writable:
             return
-        content = _encoded(run)
-        if len(content) > self._max_bytes:
-            return
-        self._make_room(len(content))
+        encoded = _encoded(content)
         try:
-            self._replace(self._path(run.key), content)
+            if self._is_sized_by_room and (self.is_failing or len(encoded) > self._max_bytes):
+                self._measure_room()
+                if len(encoded) > self._max_bytes:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if len(encoded) > self._max_bytes:
+                return
+            self._make_room(len(encoded))
+            self._replace(self._path(content.key), encoded)
         except OSError as error:
-            self.is_writable = False
-            logger.warning("event=prefix_files_stopped errno=%s runs=%d", error.errno, len(self))
+            self._note_failure(error)
             return
-        self._sizes[run.key] = len(content)
-        self._bytes += len(content)
+        if self.is_failing:
+            self._failed_at = None
+            logger.info("event=prefix_files_resumed files=%d", len(self))
+        self._note(content.key, len(encoded))
 
-    def touch(self, keys: Iterable[RunKey]) -> None:
-        """Make runs the newest, the last one of them most."""
+    def _note_failure(self, error: OSError) -> None:
+        """Write no more for a while; said once, however many tries fail."""
+        if not self.is_failing:
+            logger.warning("event=prefix_files_stopped errno=%s files=%d", error.errno, len(self))
+        self._failed_at = time.monotonic()
+
+    def _measure_room(self) -> None:
+        """Set the bound where it hangs on how much room there is."""
+        if self._is_sized_by_room:
+            room = shutil.disk_usage(self._directory).free + self._bytes
+            self._max_bytes = min(_MOST_BYTES, int(_SHARE_OF_FREE_SPACE * room))
+
+    def touch(self, keys: Iterable[FileKey]) -> None:
+        """Make files the newest, the last one of them most."""
         for key in keys:
             if key not in self._sizes:
                 continue
@@ -212,10 +270,11 @@ class PrefixFiles:
 
     def _scan(self) -> None:
         """Learn what is there; leftovers of a process that was killed are removed."""
-        found: list[tuple[int, RunKey, int]] = []
+        found: list[tuple[int, FileKey, int]] = []
         now = time.time()
         for path in self._directory.glob("*/*" + _SUFFIX):
-            key = RunKey(path.parent.name, _name_of(path.stem))
+            name, _, tail = path.stem.partition("-")
+            key = FileKey(path.parent.name, _name_of(name), _name_of(tail))
             status = path.lstat()
             if key.name and path == self._path(key):
                 found.append((status.st_mtime_ns, key, status.st_size))
@@ -223,11 +282,18 @@ class PrefixFiles:
             if now - path.lstat().st_mtime > _ABANDONED_SECONDS:
                 path.unlink(missing_ok=True)
         for _, key, size in sorted(found, key=lambda item: item[0]):
-            self._sizes[key] = size
-            self._bytes += size
+            self._note(key, size)
 
-    def _path(self, key: RunKey) -> Path:
-        return self._directory / key.model / (key.name.hex() + _SUFFIX)
+    def _note(self, key: FileKey, size: int) -> None:
+        self._sizes[key] = size
+        self._bytes += size
+        if key.tail:
+            place = key.model, key.name
+            self._tails[place] = self._tails.get(place, frozenset()) | {key.tail}
+
+    def _path(self, key: FileKey) -> Path:
+        tail = f"-{key.tail.hex()}" if key.tail else ""
+        return self._directory / key.model / f"{key.name.hex()}{tail}{_SUFFIX}"
 
     def _temporary(self) -> Path:
         self._temporaries += 1
@@ -254,15 +320,20 @@ class PrefixFiles:
         while self._sizes and self._bytes + size > self._max_bytes:
             self._drop(next(iter(self._sizes)))
 
-    def _drop(self, key: RunKey) -> None:
+    def _drop(self, key: FileKey) -> None:
         self._forget(key)
         path = self._path(key)
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
             path.parent.rmdir()  # fails while it holds others
 
-    def _forget(self, key: RunKey) -> None:
+    def _forget(self, key: FileKey) -> None:
         self._bytes -= self._sizes.pop(key)
+        if key.tail:
+            place = key.model, key.name
+            self._tails[place] -= {key.tail}
+            if not self._tails[place]:
+                del self._tails[place]
 
 
 def _name_of(text: str) -> bytes:
@@ -272,12 +343,17 @@ def _name_of(text: str) -> bytes:
         return b""
 
 
+def _raw(tokens: Sequence[int]) -> bytes:
+    return array("i", tokens).tobytes()
+
+
 def _packed(tokens: Sequence[int]) -> str:
-    return array("i", tokens).tobytes().hex()
+    return _raw(tokens).hex()
 
 
 def _checksum(tokens: str, layout: str, arrays: Mapping[str, Bytes]) -> str:
-    digest = hashlib.blake2b(digest_size=_CHECKSUM_BYTES)
+    # Somebody waits while a file is checked, and a cryptographic hash would take longest of all.
+    digest = xxhash.xxh3_128()
     digest.update(json.dumps([tokens, layout, sorted(arrays)]).encode())
     for name in sorted(arrays):
         part = arrays[name]
@@ -286,14 +362,14 @@ def _checksum(tokens: str, layout: str, arrays: Mapping[str, Bytes]) -> str:
     return digest.hexdigest()
 
 
-def _encoded(run: Run) -> bytes:
-    arrays = {name: np.ascontiguousarray(part).reshape(-1) for name, part in run.arrays.items()}
-    tokens = _packed(run.tokens)
+def _encoded(content: Content) -> bytes:
+    arrays = {name: np.ascontiguousarray(part).reshape(-1) for name, part in content.arrays.items()}
+    tokens = _packed(content.tokens)
     metadata = {
         "format": _FORMAT,
         "tokens": tokens,
-        "layout": run.layout,
-        "checksum": _checksum(tokens, run.layout, arrays),
+        "layout": content.layout,
+        "checksum": _checksum(tokens, content.layout, arrays),
     }
     return safetensors.numpy.save(arrays, metadata)
 

@@ -8,10 +8,7 @@ A store of records under the names of token_chain:
   exist at exactly this place. Models with recurrent layers can be taken up at an End only.
 
 Beside the records there are slots: caches of finished sequences as they are, each for the one prompt
-that goes on from it.
-
-Records own their arrays, which are evaluated; nothing refers to a batch's tensors. Equal beginnings
-share their records, whatever requests they came from.
+that goes on from it. Equal beginnings share their records, whatever requests they came from.
 """
 
 from __future__ import annotations
@@ -19,15 +16,16 @@ from __future__ import annotations
 from osaurus_grpc.models.platform import mx  # isort: skip  # first: it loads the BLAS before MLX
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_lm.models.cache import make_prompt_cache
 
-from osaurus_grpc.engine.cache_layout import CacheLayout, FoundCache, Lane, Row
-from osaurus_grpc.engine.kv_piece import Piece, cut, join
+from osaurus_grpc.engine import prefix_places
+from osaurus_grpc.engine.cache_layout import CacheLayout, Lane, Row
+from osaurus_grpc.engine.kv_piece import Piece, cut
+from osaurus_grpc.engine.prefix_records import End, EndKey, Key, PrefixRecords
 from osaurus_grpc.engine.slots import Slot, Slots
 from osaurus_grpc.engine.token_chain import BLOCK_TOKENS, Chain
 
@@ -35,12 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Tokens between two recurrent states that are kept of one prompt.
 CHECKPOINT_TOKENS = 1024
-# Plain caches grow by so many tokens.
-_ROOM_TOKENS = FoundCache.step
 # Of the store's bytes, what slots may hold: what is in a slot is in records too.
 _SLOT_SHARE = 0.5
-# Of the store's bytes, what stable beginnings may keep others from.
-_STABLE_SHARE = 0.5
 
 
 @dataclass(slots=True)
@@ -73,62 +67,6 @@ class Prefix:
     caches: list[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class End:
-    """What is kept at the very end of a sequence.
-
-    Attributes:
-        block: Name of the last whole block before it.
-        tail: Tokens after that block, fewer than a block has.
-        fronts: By lane, the tokens between the window's beginning and the next block's; lanes without
-            any are left out.
-        tails: By lane, the tokens of the tail that the lane holds.
-        states: By leaf, the arrays of its recurrent state.
-    """
-
-    block: bytes
-    tail: tuple[int, ...]
-    fronts: dict[int, Piece]
-    tails: dict[int, Piece]
-    states: dict[int, list[mx.array]]
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        """All arrays."""
-        pieces = [*self.fronts.values(), *self.tails.values()]
-        return [array for piece in pieces for array in piece.arrays] + [
-            array for state in self.states.values() for array in state
-        ]
-
-    @property
-    def nbytes(self) -> int:
-        """What it takes in memory."""
-        return sum(int(array.nbytes) for array in self.arrays)
-
-
-# (lane, block's name) of a Piece; (block's name, tail) of an End.
-BlockKey = tuple[int, bytes]
-EndKey = tuple[bytes, tuple[int, ...]]
-Key = BlockKey | EndKey
-
-
-@dataclass(slots=True)
-class _Held:
-    record: Piece | End
-    nbytes: int
-    is_stable: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a sequence can be taken up: after so many tokens, and what that needs."""
-
-    length: int
-    blocks: int
-    end: EndKey | None
-    starts: tuple[int, ...] = field(default=())  # by lane, the first block
-
-
 class PromptCache:
     """A bounded store of one model's records, least recently used first out.
 
@@ -156,24 +94,17 @@ class PromptCache:
         self._max_bytes = max_bytes
         self._bits = bits
         self._counters = counters or PromptCacheCounters()
-        self._records: dict[Key, _Held] = {}
-        # Oldest first. A block is always touched after its successors and after what only matters with
-        # it, so the oldest record is one that no other needs.
-        self._ordinary: OrderedDict[Key, None] = OrderedDict()
-        self._stable: OrderedDict[Key, None] = OrderedDict()
-        self._ends: dict[bytes, dict[tuple[int, ...], None]] = {}
-        self._bytes = 0
-        self._stable_bytes = 0
+        self._records = PrefixRecords(max_bytes)
         self._allowed_bytes = 2**62
-        # Called after store() with what it was given.
-        self.on_store: Callable[[Chain, Sequence[int]], None] | None = None
+        # Called after store() with the names, the tokens, and whether they can be taken up just here.
+        self.on_store: Callable[[Chain, Sequence[int], bool], None] | None = None
         # Slots hold caches as they are, which whoever asks for quantized ones has no room for.
         self.slots = Slots(int(_SLOT_SHARE * max_bytes) if layout.is_plain and not bits else 0)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self._bytes + self.slots.nbytes
+        return self._records.nbytes + self.slots.nbytes
 
     @property
     def layout(self) -> CacheLayout:
@@ -226,7 +157,7 @@ class PromptCache:
     def match_length(self, chain: Chain, tokens: Sequence[int]) -> int:
         """Tokens at the beginning of a prompt that need not be computed."""
         _, shared = self.slots.find(tokens)
-        place = self._place(chain, tokens)
+        place = prefix_places.find(self._layout, self._records, chain, tokens)
         return max(shared, place.length if place else 0)
 
     def find_slot(self, chain: Chain, tokens: Sequence[int]) -> Slot | None:
@@ -234,7 +165,7 @@ class PromptCache:
         slot, shared = self.slots.find(tokens)
         if slot is None:
             return None
-        place = self._place(chain, tokens)
+        place = prefix_places.find(self._layout, self._records, chain, tokens)
         return slot if place is None or place.length <= shared else None
 
     def take(self, slot: Slot, tokens: Sequence[int]) -> Prefix:
@@ -262,7 +193,7 @@ class PromptCache:
     def _make_way(self) -> None:
         """Keep records and slots within the store's bytes, and within what running sequences leave."""
         if self.nbytes > self._allowed_bytes:
-            self.slots.shrink(max(0, self._allowed_bytes - self._bytes))
+            self.slots.shrink(max(0, self._allowed_bytes - self._records.nbytes))
             self._evict(self._allowed_bytes - self.slots.nbytes)
         self._evict(self._max_bytes - self.slots.nbytes)
 
@@ -276,16 +207,17 @@ class PromptCache:
             tokens: The prompt.
         """
         self._counters.lookups += 1
-        place = self._place(chain, tokens)
+        place = prefix_places.find(self._layout, self._records, chain, tokens)
         if place is None:
             return None
         self._counters.hits += 1
         self._counters.tokens_reused += place.length
         if place.end is not None:
-            self._touch(place.end)
+            self._records.touch(place.end)
         for block in range(place.blocks - 1, -1, -1):
-            self._touch_block(chain.names[block], block, place.starts)
-        return Prefix(place.length, self._restore(chain, place, room=len(tokens) + 1))
+            self._records.touch_block(chain.names[block], block, place.starts)
+        room = len(tokens) + 1
+        return Prefix(place.length, prefix_places.restore(self._layout, self._records, chain, place, room))
 
     def store(self, chain: Chain, row: Row, *, stable_tokens: int = 0, is_end: bool = False) -> None:
         """Keep what is new of a row.
@@ -311,33 +243,41 @@ class PromptCache:
         if added:
             mx.eval([record.arrays for record in added.values()])
         for key, record in added.items():
-            self._add(key, record)
+            self._records.add(key, record)
         if end_key in self._records:
             assert end_key is not None
-            self._touch(end_key, is_stable=len(row.tokens) <= stable_tokens)
+            self._records.touch(end_key, is_stable=len(row.tokens) <= stable_tokens)
         stable_blocks = stable_tokens // BLOCK_TOKENS
         starts = [lane.start(len(row.tokens)) // BLOCK_TOKENS for lane in self._layout.lanes]
         for block in range(blocks - 1, -1, -1):
-            self._touch_block(chain.names[block], block, starts, is_stable=block < stable_blocks)
+            self._records.touch_block(chain.names[block], block, starts, is_stable=block < stable_blocks)
         if self.on_store is not None:
-            self.on_store(chain, row.tokens)
+            self.on_store(chain, row.tokens, is_end)
         self._make_way()
 
     def pieces(self, name: bytes) -> dict[int, Piece]:
         """What there is of a block, by lane."""
-        held = {lane: self._records.get((lane, name)) for lane in range(len(self._layout.lanes))}
-        return {lane: one.record for lane, one in held.items() if one and isinstance(one.record, Piece)}
+        found = {lane: self._records.piece((lane, name)) for lane in range(len(self._layout.lanes))}
+        return {lane: piece for lane, piece in found.items() if piece is not None}
 
-    def adopt(self, name: bytes, pieces: Mapping[int, Piece]) -> None:
-        """Take in a block that was computed elsewhere; its arrays are evaluated and nobody else's.
+    def end(self, key: EndKey) -> End | None:
+        """What is kept at a sequence's end."""
+        return self._records.end(key)
+
+    def adopt(self, blocks: Mapping[bytes, Mapping[int, Piece]], end: End | None = None) -> None:
+        """Take in what was computed elsewhere; its arrays are evaluated and nobody else's.
 
         Args:
-            name: The block's.
-            pieces: By lane.
+            blocks: Pieces by the block's name and lane.
+            end: An End behind the last of them, or behind one that is there.
         """
-        for lane, piece in pieces.items():
-            if (lane, name) not in self._records:
-                self._add((lane, name), piece)
+        records: dict[Key, Piece | End] = {(end.block, end.tail): end} if end is not None else {}
+        # From the last one: successors are dropped first.
+        for name, pieces in reversed(list(blocks.items())):
+            records |= {(lane, name): piece for lane, piece in pieces.items()}
+        for key, record in records.items():
+            if key not in self._records:
+                self._records.add(key, record)
         self._make_way()
 
     def allow(self, nbytes: int) -> None:
@@ -348,73 +288,7 @@ class PromptCache:
     def clear(self) -> None:
         """Drop everything."""
         self.slots.clear()
-        for key in list(self._records):
-            self._drop(key)
-
-    # Finding.
-
-    def _place(self, chain: Chain, tokens: Sequence[int]) -> _Place | None:
-        """The last place at which every layer can be restored."""
-        if not self._records:
-            return None
-        best = None
-        limit = len(tokens) - 1
-        lanes = list(enumerate(self._layout.lanes))
-        firsts = [0] * len(lanes)  # by lane, the first of the blocks that are there up to here
-        for blocks, name in enumerate(chain.names[: limit // BLOCK_TOKENS], 1):
-            for number, lane in lanes:
-                if (number, name) not in self._records:
-                    if lane.window is None:
-                        return best
-                    firsts[number] = blocks
-            length = blocks * BLOCK_TOKENS
-            if not self._layout.states and all(
-                firsts[number] * BLOCK_TOKENS <= lane.start(length) for number, lane in lanes
-            ):
-                starts = tuple(lane.start(length) // BLOCK_TOKENS for _, lane in lanes)
-                best = _Place(length, blocks, None, starts)
-            for tail in self._ends.get(name, ()):
-                place = self._end_place(blocks, (name, tail), tokens, firsts)
-                if place and length + len(tail) <= limit and (best is None or place.length > best.length):
-                    best = place
-        return best
-
-    def _end_place(
-        self, blocks: int, key: EndKey, tokens: Sequence[int], firsts: Sequence[int]
-    ) -> _Place | None:
-        """The place of an End, where the tokens are its own and the blocks it needs are there."""
-        _, tail = key
-        start = blocks * BLOCK_TOKENS
-        length = start + len(tail)
-        if tuple(tokens[start:length]) != tail:
-            return None
-        starts = tuple(-(-lane.start(length) // BLOCK_TOKENS) for lane in self._layout.lanes)
-        if any(first > needed for first, needed in zip(firsts, starts, strict=True) if needed < blocks):
-            return None
-        return _Place(length, blocks, key, starts)
-
-    def _restore(self, chain: Chain, place: _Place, room: int) -> list[Any]:
-        """Caches at a place, with plain ones that have room for so many tokens in all."""
-        end = self._records[place.end].record if place.end is not None else None
-        assert end is None or isinstance(end, End)
-        planes: dict[int, mx.array] = {}
-        for number, (lane, start) in enumerate(zip(self._layout.lanes, place.starts, strict=True)):
-            pieces = [
-                record
-                for name in chain.names[start : place.blocks]
-                if isinstance(record := self._records[number, name].record, Piece)
-            ]
-            skip = 0
-            if end is None:
-                skip = lane.start(place.length) - start * BLOCK_TOKENS
-            else:
-                around = end.fronts.get(number), end.tails.get(number)
-                pieces = [piece for piece in (around[0], *pieces, around[1]) if piece is not None]
-            free = 0
-            if lane.window is None:
-                free = -(-room // _ROOM_TOKENS) * _ROOM_TOKENS - place.length
-            planes.update(join(pieces, skip=skip, room=free))
-        return self._layout.build(place.length, planes, end.states if end else {})
+        self._records.clear()
 
     # Keeping.
 
@@ -438,70 +312,21 @@ class PromptCache:
 
     def _new_end(self, row: Row, key: EndKey) -> End | None:
         """What to keep at a row's end; None where a state is not there, or blocks say everything."""
-        length = len(row.tokens)
-        last_block = length // BLOCK_TOKENS * BLOCK_TOKENS
         states = row.states(self._layout.states)
         if states is None:
             return None
-        fronts, tails = {}, {}
+        fronts: dict[int, Piece] = {}
+        tails: dict[int, Piece] = {}
         for number, lane in enumerate(self._layout.lanes):
-            start = lane.start(length)
-            first_block = min(-(-start // BLOCK_TOKENS) * BLOCK_TOKENS, last_block)
-            if start < first_block:
-                (fronts[number],) = cut(row.planes(lane, start, first_block), 1, self._bits)
-            if max(start, last_block) < length:
-                (tails[number],) = cut(row.planes(lane, max(start, last_block), length), 1, self._bits)
+            edges = prefix_places.margins(lane, len(row.tokens))
+            for pieces, part in ((fronts, edges.front), (tails, edges.tail)):
+                if part:
+                    (pieces[number],) = cut(row.planes(lane, part.start, part.stop), 1, self._bits)
         block, tail = key
         return End(block, tail, fronts, tails, states) if fronts or tails or states else None
 
-    def _add(self, key: Key, record: Piece | End) -> None:
-        held = _Held(record, record.nbytes, is_stable=False)
-        self._records[key] = held
-        self._ordinary[key] = None
-        self._bytes += held.nbytes
-        if isinstance(record, End):
-            self._ends.setdefault(record.block, {})[record.tail] = None
-
-    def _touch(self, key: Key, *, is_stable: bool = False) -> None:
-        """Make a record the newest."""
-        held = self._records[key]
-        if is_stable and not held.is_stable:
-            held.is_stable = True
-            self._stable_bytes += held.nbytes
-            del self._ordinary[key]
-            self._stable[key] = None
-        (self._stable if held.is_stable else self._ordinary).move_to_end(key)
-
-    def _touch_block(
-        self, name: bytes, block: int, starts: Sequence[int], *, is_stable: bool = False
-    ) -> None:
-        """Make the pieces of a block the newest, in lanes that begin with it or before."""
-        # Those with windows first: they are of no use without the others.
-        for number in reversed(range(len(starts))):
-            if block >= starts[number] and (number, name) in self._records:
-                self._touch((number, name), is_stable=is_stable)
-
     def _evict(self, max_bytes: int) -> None:
-        while self._stable_bytes > self._max_bytes * _STABLE_SHARE:
-            key, _ = self._stable.popitem(last=False)
-            held = self._records[key]
-            held.is_stable = False
-            self._stable_bytes -= held.nbytes
-            self._ordinary[key] = None
-        while self._records and self._bytes > max_bytes:
-            self._counters.evictions += 1
-            self._drop(next(iter(self._ordinary or self._stable)))
-
-    def _drop(self, key: Key) -> None:
-        held = self._records.pop(key)
-        del (self._stable if held.is_stable else self._ordinary)[key]
-        self._bytes -= held.nbytes
-        self._stable_bytes -= held.nbytes if held.is_stable else 0
-        if isinstance(held.record, End):
-            tails = self._ends[held.record.block]
-            del tails[held.record.tail]
-            if not tails:
-                del self._ends[held.record.block]
+        self._counters.evictions += self._records.evict(max_bytes)
 
 
 def prompt_cache_of(

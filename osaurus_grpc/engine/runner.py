@@ -12,14 +12,16 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from osaurus_grpc.engine.batch import Batch, BatchEvent, Decoded, Prefilled
+from osaurus_grpc.engine.logprobs import PromptScores
 from osaurus_grpc.engine.persistence import Persistence
 from osaurus_grpc.engine.sampling import RowSampler
 from osaurus_grpc.engine.scheduler import Scheduler
 from osaurus_grpc.engine.sequence import Sequence
-from osaurus_grpc.engine.types import EngineEvent, PrefillProgress, PrefillStarted
+from osaurus_grpc.engine.types import EngineEvent, PrefillProgress, PrefillStarted, PromptScored
 from osaurus_grpc.errors import EngineError, OsaurusError
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,21 @@ logger = logging.getLogger(__name__)
 _TRIALS = 2
 
 Delivery: TypeAlias = tuple[Sequence, "EngineEvent | OsaurusError"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """What the first half of a step was: how long it took, and how many rows gained tokens.
+
+    Attributes:
+        seconds: It took.
+        rows: Tokens it gave.
+        has_first: One of them is a sequence's first.
+    """
+
+    seconds: float = 0.0
+    rows: int = 0
+    has_first: bool = False
 
 
 class Runner:
@@ -62,20 +79,30 @@ class Runner:
         self._joining: deque[Sequence] = deque()
         # Rows of cancelled sequences, removed by the next step.
         self._leaving: list[int] = []
+        # Of the first half of the step that is being run.
+        self._tokens = _Tokens()
 
     @property
     def is_busy(self) -> bool:
         """Whether there is anything to step."""
         return bool(len(self.scheduler) or self._suspects or self._leaving or not self._batch.is_tidy)
 
+    @property
+    def patience(self) -> float:
+        """Seconds for which prompts that arrived may wait for others; 0 where anything runs already."""
+        if self._suspects or self.scheduler.running or not self.scheduler.waiting:
+            return 0.0
+        return self.scheduler.patience()
+
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence, once what the disk has of its beginning is read."""
         sequence.chain.extend(sequence.prefill_tokens)
-        if self._persistence is None or not self._persistence.restore(sequence):
+        if sequence.is_scored or self._persistence is None or not self._persistence.restore(sequence):
             self._enqueue(sequence)
 
     def _enqueue(self, sequence: Sequence) -> None:
-        sequence.cached_tokens = self._batch.match_length(sequence.chain, sequence.prefill_tokens)
+        if not sequence.is_scored:
+            sequence.cached_tokens = self._batch.match_length(sequence.chain, sequence.prefill_tokens)
         self.scheduler.waiting.append(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
@@ -91,31 +118,51 @@ class Runner:
             self._persistence.forget(sequence)
         self.scheduler.ended(sequence)
 
-    def step(self) -> list[Delivery]:
-        """Drop who left, admit what may join, run one step, and say what came of it."""
-        deliveries: list[Delivery] = []
-        chunk = self.scheduler.chunk_tokens()
+    def decode(self) -> list[Delivery]:
+        """Drop who left, give every running sequence its token, and say what came of it.
+
+        The first half of a step. What is submitted before the second half is admitted there.
+        """
+        self._tokens = _Tokens()
         try:
             self._leaving.extend(self.scheduler.preempt())
             if self._on_trial is not None and self._on_trial.uid is None:
                 self._on_trial = None  # preempted; it comes back through the queue
-            while self._leaving:
-                self._batch.remove(self._leaving.pop())
-            self._join(deliveries)
-            self._batch.tidy()
+            self._let_leave()
+            self._batch.spare_rows = self.scheduler.spare_rows
             started = time.monotonic()
-            events = self._batch.step(chunk, self.scheduler.awaited())
+            events = self._batch.decode(self.scheduler.awaited())
             now = time.monotonic()
         except Exception:  # the device's errors have no common base class; survivors must go on
-            logger.exception(
-                "event=step_failed model=%s rows=%d", self._model_id, len(self.scheduler.running)
-            )
-            deliveries.extend(self._recover())
-            return deliveries
-        self._learn(events, now - started)
+            logger.exception("event=step_failed model=%s rows=%d", self._model_id, len(self._batch))
+            return self._recover()
+        decoded = [event for event in events if isinstance(event, Decoded)]
+        self._tokens = _Tokens(now - started, len(decoded), any(map(self._is_first, decoded)))
+        return [delivery for event in events for delivery in self._interpret(event, now)]
+
+    def prefill(self) -> list[Delivery]:
+        """Admit what may join, process prompts, and say what came of it. The second half of a step."""
+        deliveries: list[Delivery] = []
+        try:
+            self._let_leave()
+            self._join(deliveries)
+            self._batch.spare_rows = self.scheduler.spare_rows
+            self._batch.tidy()
+            chunk = self.scheduler.chunk_tokens()
+            started = time.monotonic()
+            events = self._batch.prefill(chunk, self.scheduler.awaited())
+            now = time.monotonic()
+        except Exception:
+            logger.exception("event=step_failed model=%s rows=%d", self._model_id, len(self._batch))
+            return [*deliveries, *self._recover()]
+        self._learn([event for event in events if isinstance(event, Prefilled)], now - started)
         for event in events:
             deliveries.extend(self._interpret(event, now))
         return deliveries
+
+    def _let_leave(self) -> None:
+        while self._leaving:
+            self._batch.remove(self._leaving.pop())
 
     def _join(self, deliveries: list[Delivery]) -> None:
         """Let sequences into the batch: suspects one by one, then the queue."""
@@ -150,6 +197,8 @@ class Runner:
             chain=sequence.chain,
             stable_tokens=request.stable_prefix_tokens,
             guesses=not sequence.strikes,  # after an error it goes on by what is known to work
+            scores=self._scores(sequence),
+            images=request.images,
         )
         self.scheduler.started(sequence, uid)
         if sequence.admitted_at:
@@ -158,22 +207,31 @@ class Runner:
         waited = sequence.admitted_at - sequence.submitted_at
         return [(sequence, PrefillStarted(waited, sequence.cached_tokens))]
 
-    def _learn(self, events: list[BatchEvent], seconds: float) -> None:
-        prompts = [event for event in events if isinstance(event, Prefilled)]
+    def _scores(self, sequence: Sequence) -> PromptScores | None:
+        """What a sequence's prompt is to be scored for, if it is."""
+        count = sequence.request.prompt_logprobs
+        if count is None or not sequence.is_scored:
+            return None
+        return PromptScores(
+            sequence.request.prompt, min(count, self._vocab_size), self._vocab_size, sequence.scored_tokens
+        )
+
+    def _learn(self, prompts: list[Prefilled], seconds: float) -> None:
+        """Learn from a whole step, whose second half took so long; the halves overlap on a device."""
         prefilled = sum(self._advance(event) for event in prompts)
         if any(event.processed == event.total for event in prompts):
             return  # a prompt's last pass is still running
-        if any(isinstance(event, Decoded) and self._is_first(event) for event in events):
+        tokens = self._tokens
+        if tokens.has_first:
             return  # the step waited for that pass
         clock = self.scheduler.clock
         if self._batch.trial is not None:
             if self._batch.is_timely:
-                self._batch.trial.learn(seconds, clock.lone_seconds)
+                self._batch.trial.learn(tokens.seconds, clock.lone_seconds)
             return
-        decoding = sum(isinstance(event, Decoded) for event in events)
-        if decoding and not prefilled and not self._batch.is_timely:
+        if tokens.rows and not prefilled and not self._batch.is_timely:
             return  # no pass was begun, or a draft model read a prompt
-        clock.observe(seconds, decoding=decoding, prefilled=prefilled)
+        clock.observe(tokens.seconds + seconds, decoding=tokens.rows, prefilled=prefilled)
 
     def _is_first(self, event: Decoded) -> bool:
         """Whether a token is the first one since its sequence has a row."""
@@ -197,11 +255,13 @@ class Runner:
         if sequence is None:
             return []
         match event:
-            case Prefilled(processed=processed, total=total):
+            case Prefilled(processed=processed, total=total, scores=scores):
                 sequence.is_decoding = processed >= total
                 if sequence.generated:
                     return []  # the prompt was reported before an error
-                return [(sequence, PrefillProgress(processed, total))]
+                sequence.scored_tokens += len(scores)
+                scored = [(sequence, PromptScored(scores))] if scores else []
+                return [*scored, (sequence, PrefillProgress(processed, total))]
             case Decoded(token=token, end=end):
                 if self._on_trial is sequence:
                     self._on_trial = None
@@ -213,7 +273,7 @@ class Runner:
                 return [(sequence, said) for said in sequence.record(token, end, now)]
 
     def _recover(self) -> list[Delivery]:
-        """Rebuild the batch; all its sequences become suspects."""
+        """After an exception, rebuild the batch; all its sequences become suspects."""
         deliveries: list[Delivery] = []
         survivors = [*self.scheduler.restart(), *(s for s in self._joining if s.uid is None)]
         self._joining.clear()

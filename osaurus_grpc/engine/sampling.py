@@ -10,8 +10,8 @@ rows that truncate the distribution by one sort. Where the device is the CPU, ro
 are drawn on the host instead (host_sampling).
 
 A row under a constraint is sampled from what its mask leaves, after penalties and bias; the
-log-probabilities reported are those before the mask. Its mask needs the token that was fed, so a
-batch with such a row does not start a pass before its token is known.
+log-probabilities reported are those before the mask. Its mask needs the token that was fed, the pass
+does not: decoding.py has the one computed while the other runs.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from osaurus_grpc.engine import host_sampling
 from osaurus_grpc.engine.guard import Guard
+from osaurus_grpc.engine.logprobs import LogprobRow, LogprobTable
+from osaurus_grpc.engine.penalties import DevicePenalties, Penalties, apply_on_host
 from osaurus_grpc.engine.types import Constraint, SamplingParams
 from osaurus_grpc.models.platform import mx
 
@@ -32,106 +36,10 @@ from osaurus_grpc.models.platform import mx
 _LARGEST_DRAW = 1.0 - 2.0**-24
 # Below this a row is greedy: the inverse of a denormal temperature is no float32.
 _COLDEST_TEMPERATURE = 1e-6
+# By row: a bit a token, uint32, shape (words,).
+_Masks: TypeAlias = dict[int, npt.NDArray[np.uint32]]
 # Whether logits are in the host's memory and computed by its cores.
 _IS_HOST = mx.default_device().type == mx.DeviceType.cpu
-# What a logit is held to when it is divided by a tiny repetition penalty.
-_LARGEST_LOGIT = 1e30
-
-
-@dataclass(frozen=True, slots=True)
-class LogprobRow:
-    """Log-probabilities of one step of one row.
-
-    Attributes:
-        chosen: float32, shape (): of the sampled token.
-        top_ids: int32, shape (k,): the most probable tokens, in descending order.
-        top: float32, shape (k,): their log-probabilities.
-    """
-
-    chosen: mx.array
-    top_ids: mx.array
-    top: mx.array
-
-    def arrays(self) -> list[mx.array]:
-        """What must be evaluated before the row is read."""
-        return [self.chosen, self.top_ids, self.top]
-
-
-class Penalties:
-    """Penalties and bias of one row; keeps the tokens it looks back at on the device.
-
-    Args:
-        params: The row's settings.
-        context: Tokens of the prompt and, after a rebuild, those generated, without the one that is
-            fed next.
-        generated: How many tokens at the end of context were generated.
-        next_is_generated: Whether the token fed next was generated (after a rebuild) or ends the
-            prompt.
-        vocab_size: Width of the logits.
-    """
-
-    def __init__(
-        self,
-        params: SamplingParams,
-        context: Sequence[int],
-        *,
-        generated: int,
-        next_is_generated: bool,
-        vocab_size: int,
-    ) -> None:
-        self._params = params
-        self._counts_next = next_is_generated
-        self._window: mx.array | None = None
-        if params.repetition_penalty != 1.0 and params.repetition_context != 0:
-            keep = len(context) if params.repetition_context < 0 else params.repetition_context
-            self._window = mx.array(list(context[-keep:] if keep else ()), dtype=mx.int32)
-        self._counts: mx.array | None = None
-        if params.presence_penalty or params.frequency_penalty:
-            self._counts = mx.zeros((vocab_size,), dtype=mx.float32)
-            if generated:
-                self._counts = self._counts.at[mx.array(list(context[-generated:]))].add(1.0)
-        self._bias: tuple[mx.array, mx.array] | None = None
-        if params.logit_bias:
-            ids, values = zip(*params.logit_bias.items(), strict=True)
-            self._bias = (mx.array(ids, dtype=mx.int32), mx.array(values, dtype=mx.float32))
-
-    def apply(self, fed: mx.array, logits: mx.array) -> mx.array:
-        """Note the token that was fed and penalise the logits it gave.
-
-        Args:
-            fed: int32, shape (1,).
-            logits: float32, shape (vocab_size,).
-
-        Returns:
-            float32, shape (vocab_size,).
-        """
-        if self._window is not None:
-            keep = self._params.repetition_context
-            window = mx.concatenate([self._window, fed.astype(mx.int32)])
-            self._window = window[-keep:] if keep > 0 else window
-            # Repetition penalty of the CTRL paper (arXiv:1909.05858), by the sign of the logit.
-            seen = logits[self._window]
-            penalty = self._params.repetition_penalty
-            divided = mx.minimum(seen / max(penalty, 1 / _LARGEST_LOGIT), _LARGEST_LOGIT)
-            penalised = mx.where(seen < 0, seen * penalty, divided)
-            logits = mx.put_along_axis(logits, self._window, penalised, axis=-1)
-        if self._counts is not None:
-            if self._counts_next:
-                self._counts = self._counts.at[fed].add(1.0)
-            # OpenAI's definition: https://platform.openai.com/docs/api-reference/chat
-            logits = (
-                logits
-                - self._params.frequency_penalty * self._counts
-                - self._params.presence_penalty * (self._counts > 0)
-            )
-        self._counts_next = True
-        if self._bias is not None:
-            logits = logits.at[self._bias[0]].add(self._bias[1])
-        return logits
-
-    def state(self) -> list[mx.array]:
-        """Arrays that grow lazily from step to step unless they are evaluated."""
-        return [array for array in (self._window, self._counts) if array is not None]
 
 
 class RowSampler:
@@ -165,8 +73,6 @@ class RowSampler:
         self.truncates = not self.is_greedy and (
             0 < params.top_k < vocab_size or params.top_p < 1.0 or params.min_p > 0.0
         )
-        # Whether its next token can only be chosen once this one is known on the host.
-        self.needs_host = self.guard is not None or (_IS_HOST and not self.is_greedy)
         self.penalties: Penalties | None = None
         if (
             params.logit_bias
@@ -179,8 +85,9 @@ class RowSampler:
                 [*prompt, *generated][:-1],
                 generated=max(0, len(generated) - 1),
                 next_is_generated=bool(generated),
-                vocab_size=vocab_size,
             )
+        # Whether its next token is chosen on the host, where the logits are awaited.
+        self.needs_host = _IS_HOST and not (self.is_greedy and self.penalties is None)
         self._random = random.Random(seed)  # noqa: S311  (reproducible sampling, not secrets)
         for _ in generated:
             self._random.random()
@@ -230,6 +137,7 @@ class BatchSampler:
         self._inverse_temperature = mx.array([])
         self._truncation: _Truncation | None = None
         self._order: mx.array | None = None
+        self._penalties: DevicePenalties | None = None
 
     def sample(
         self, rows: Sequence[RowSampler], fed: mx.array, logits: mx.array
@@ -252,24 +160,26 @@ class BatchSampler:
             mx.async_eval(logits)  # type: ignore[no-untyped-call]  # MLX's stub
         logits = logits.astype(mx.float32)
         if any(row.penalties is not None for row in rows):
-            logits = mx.stack(
-                [
-                    logits[i] if row.penalties is None else row.penalties.apply(fed[i : i + 1], logits[i])
-                    for i, row in enumerate(rows)
-                ]
-            )
-        tokens = self._choose(rows, _masked(rows, logits) if is_constrained else logits)
-        details: list[LogprobRow | None] = [
-            None if row.top_logprobs is None else _logprobs(logits[i], tokens[i], row.top_logprobs)
-            for i, row in enumerate(rows)
-        ]
-        return tokens, details
+            logits = self._penalised(rows, fed, logits)
+        tokens = self._choose(rows, logits, _masks(rows) if is_constrained else {})
+        return tokens, _details(rows, logits, tokens)
+
+    def _penalised(self, rows: Sequence[RowSampler], fed: mx.array, logits: mx.array) -> mx.array:
+        if self._on_host:
+            # A view: what numpy writes is what MLX reads. Nobody else holds these logits.
+            view = np.array(logits, copy=False)
+            apply_on_host([row.penalties for row in rows], cast("list[int]", fed.tolist()), view)
+            return logits
+        if self._penalties is None:
+            self._penalties = DevicePenalties([row.penalties for row in rows], logits.shape[1])
+        return self._penalties.apply(fed, logits)
 
     def _plan(self, rows: Sequence[RowSampler]) -> None:
         """Sort the rows by kind, where they are not those of the last step."""
         if len(rows) == len(self._rows) and all(a is b for a, b in zip(rows, self._rows, strict=True)):
             return
         self._rows = tuple(rows)
+        self._penalties = None
         self._greedy = [i for i, row in enumerate(rows) if row.is_greedy]
         self._truncating = [i for i, row in enumerate(rows) if row.truncates]
         self._plain = [i for i, row in enumerate(rows) if not row.is_greedy and not row.truncates]
@@ -289,10 +199,12 @@ class BatchSampler:
         # Position of every row in the concatenation of the three kinds.
         self._order = None if is_sorted else mx.argsort(mx.array(order))
 
-    def _choose(self, rows: Sequence[RowSampler], logits: mx.array) -> mx.array:
+    def _choose(self, rows: Sequence[RowSampler], logits: mx.array, masks: _Masks) -> mx.array:
         """Token ids of all rows, shape (rows,)."""
-        if self._on_host and len(self._greedy) < len(rows):
-            return _choose_on_host(rows, logits)
+        if self._on_host and (masks or len(self._greedy) < len(rows)):
+            return _choose_on_host(rows, logits, masks)
+        if masks:
+            logits = _masked(logits, masks)
         parts: list[mx.array] = []
         if self._greedy:
             parts.append(mx.argmax(_take(logits, self._greedy), axis=-1))
@@ -306,45 +218,60 @@ class BatchSampler:
         return tokens if self._order is None else tokens[self._order]
 
 
-def _choose_on_host(rows: Sequence[RowSampler], logits: mx.array) -> mx.array:
+def _choose_on_host(rows: Sequence[RowSampler], logits: mx.array, masks: _Masks) -> mx.array:
     """Token ids of all rows, shape (rows,)."""
-    values = np.asarray(logits)
-    tokens = [
-        int(values[i].argmax())
-        if row.is_greedy
-        else host_sampling.draw_token(values[i], row.params, row.draw(), truncates=row.truncates)
-        for i, row in enumerate(rows)
-    ]
+    tokens = []
+    for i, (row, values) in enumerate(zip(rows, np.asarray(logits), strict=True)):
+        if i in masks:
+            allowed = np.unpackbits(_bytes(masks[i]), count=len(values), bitorder="little")
+            values = np.where(allowed.view(np.bool_), values, np.float32(-np.inf))
+        tokens.append(
+            int(values.argmax())
+            if row.is_greedy
+            else host_sampling.draw_token(values, row.params, row.draw(), truncates=row.truncates)
+        )
     return mx.array(tokens, dtype=mx.uint32)
 
 
-def _masked(rows: Sequence[RowSampler], logits: mx.array) -> mx.array:
-    """Take out what the constraints forbid next.
+def _masks(rows: Sequence[RowSampler]) -> _Masks:
+    """What the constraints let through next, by row; without the rows of which that is everything."""
+    masks = {i: row.guard.mask() for i, row in enumerate(rows) if row.guard is not None}
+    return {i: mask for i, mask in masks.items() if mask is not None}
 
-    Args:
-        rows: One a row of the batch.
-        logits: float32, shape (rows, vocab_size).
-    """
-    vocab_size = logits.shape[1]
-    masks = np.full((len(rows), -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32)
-    has_mask = False
-    for i, row in enumerate(rows):
-        if row.guard is None:
-            continue
-        mask = row.guard.mask()
-        if mask is not None:
-            masks[i], has_mask = mask, True
-    if not has_mask:
-        return logits
+
+def _masked(logits: mx.array, masks: _Masks) -> mx.array:
+    """Take out what masks forbid, of logits in float32, shape (rows, vocab_size)."""
+    count, vocab_size = logits.shape
+    words = np.full((count, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+    for i, mask in masks.items():
+        words[i] = mask
     # Each byte of a mask, the lowest first, picks its eight summands of 0 or -inf.
     table = mx.array(np.where(np.arange(256)[:, None] >> np.arange(8) & 1, 0.0, -np.inf), dtype=mx.float32)
-    summands = table[mx.array(masks.astype("<u4").view(np.uint8))]
-    return logits + summands.reshape(len(rows), -1)[:, :vocab_size]
+    summands = table[mx.array(_bytes(words))]
+    return logits + summands.reshape(count, -1)[:, :vocab_size]
+
+
+def _bytes(mask: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint8]:
+    """The bytes of a mask, the lowest of each word first."""
+    return mask.astype("<u4").view(np.uint8)
 
 
 def _column(values: Sequence[float]) -> mx.array:
     """float32, shape (len(values), 1)."""
     return mx.array(list(values), dtype=mx.float32).reshape(-1, 1)
+
+
+def _details(rows: Sequence[RowSampler], logits: mx.array, tokens: mx.array) -> list[LogprobRow | None]:
+    """Log-probabilities of the rows that asked, in one table."""
+    details: list[LogprobRow | None] = [None] * len(rows)
+    asking = [(i, row.top_logprobs) for i, row in enumerate(rows) if row.top_logprobs is not None]
+    if asking:
+        indices = [i for i, _ in asking]
+        most = max(count for _, count in asking)
+        table = LogprobTable(_take(logits, indices), _take(tokens, indices), most)
+        for place, (i, count) in enumerate(asking):
+            details[i] = LogprobRow(table, place, count)
+    return details
 
 
 def _take(logits: mx.array, indices: list[int]) -> mx.array:
@@ -394,15 +321,3 @@ def _sample_truncated(logits: mx.array, truncation: _Truncation, draws: mx.array
     weights = mx.where(kept, mx.exp(shifted * truncation.inverse_temperature), 0.0)
     chosen = _invert(weights, draws)
     return mx.take_along_axis(order, chosen[:, None], axis=-1)[:, 0]
-
-
-def _logprobs(logits: mx.array, token: mx.array, count: int) -> LogprobRow:
-    """Log-probabilities of the chosen and the count most probable tokens of one row, shape (V,)."""
-    normalised = logits - mx.logsumexp(logits)
-    if count == 0:
-        empty = mx.zeros((0,))
-        return LogprobRow(normalised[token], empty.astype(mx.int32), empty)
-    candidates = mx.argpartition(-normalised, kth=count - 1)[:count]
-    values = normalised[candidates]
-    order = mx.argsort(-values)
-    return LogprobRow(normalised[token], candidates[order].astype(mx.int32), values[order])

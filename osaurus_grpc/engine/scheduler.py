@@ -23,14 +23,26 @@ from osaurus_grpc.engine.token_chain import BLOCK_TOKENS, Chain
 
 # A chunk may take this long while nobody decodes: what a cancellation waits for at most.
 _IDLE_CHUNK_SECONDS = 0.5
-_SMALLEST_CHUNK = 64
+# A chunk is of so many tokens at least, whatever the pause: less would cost about as much.
+_SMALLEST_CHUNK = 8
+# A chunk while nobody decodes, before it is known what one takes.
 _FIRST_CHUNK = 256
+# A prompt of so many tokens is not divided for the sake of running sequences.
+_PASSING_PROMPT = 128
+# A prompt of so many tokens is never a long one.
+_SHORT_PROMPT = 64
+# Of a pass: what its prompts may wait for others that are on their way.
+_GATHERING_SHARE = 0.1
 # Tokens worth waiting for while another sequence computes them.
 _SMALLEST_SHARED = 64
 # Waits that may come to nothing, because the other one was cancelled or the cache is too small.
 _PATIENCE = 3
 # Weight of the newest measurement.
 _SMOOTHING = 0.3
+# Steps that take longer than foretold do so by three times the mean at worst, nearly always.
+_LATE_STEPS = 3.0
+# The room that is left for them at most: smaller chunks cost more, which on a busy machine helps nobody.
+_MOST_ROOM = 0.5
 
 
 class StepClock:
@@ -40,12 +52,15 @@ class StepClock:
     further prompt token.
 
     Args:
-        max_pause_steps: Decode steps that a prefill chunk may take as long as while others decode.
+        max_pause_steps: Decode steps that the time between two tokens of running sequences may grow to
+            while a prompt is processed: one for the token itself, the others for a chunk.
 
     Attributes:
         decode_seconds: Of a decode step; 0 while it is not known.
         lone_seconds: Of one with a single row.
-        seconds_per_prompt_token: What a prompt token adds to a pass.
+        seconds_per_prompt_token: What a prompt token adds to a pass; 0 where nothing was seen, too.
+        lateness: By which share steps with a prompt take longer than foretold, in the mean; those that
+            are early count as 0.
     """
 
     def __init__(self, max_pause_steps: int = 4) -> None:
@@ -53,6 +68,8 @@ class StepClock:
         self.decode_seconds = 0.0
         self.lone_seconds = 0.0
         self.seconds_per_prompt_token = 0.0
+        self.lateness = 0.0
+        self._largest_pass = 0
 
     def observe(self, seconds: float, *, decoding: int, prefilled: int) -> None:
         """Learn from a step that decoded so many rows and prefilled so many tokens."""
@@ -63,27 +80,45 @@ class StepClock:
                 self.lone_seconds = self._blend(self.lone_seconds, seconds)
             return
         passes = 2 if decoding else 1
+        if self.seconds_per_prompt_token:
+            foretold = passes * self.decode_seconds + prefilled * self.seconds_per_prompt_token
+            late = max(0.0, seconds / foretold - 1)
+            self.lateness += _SMOOTHING * (late - self.lateness)
+        self._largest_pass = max(self._largest_pass, prefilled)
         cost = max(0.0, seconds - passes * self.decode_seconds) / prefilled
         self.seconds_per_prompt_token = self._blend(self.seconds_per_prompt_token, cost)
+
+    def pass_seconds(self, tokens: int) -> float:
+        """What a pass over so many prompt tokens takes; 0 while nothing is known."""
+        return self.decode_seconds + tokens * self.seconds_per_prompt_token
 
     @staticmethod
     def _blend(old: float, new: float) -> float:
         return new if old == 0.0 else old + _SMOOTHING * (new - old)
 
     def chunk_tokens(self, largest: int, *, decoding: int) -> int:
-        """Tokens of the next prefill chunk: a power of two between 64 and largest, or largest if less.
+        """Tokens of the next prefill chunk: of 8, 12, 16, 24, 32, 48 and so on, or largest if that is less.
 
-        Powers of two keep the number of different shapes small, for kernels and allocators.
+        Few sizes keep the number of different shapes small, for kernels and allocators. While nothing is
+        known of what a chunk takes, running sequences are not made to wait for a large one; while chunks seem
+        to cost nothing, as small ones may, for one of twice the size that was seen. Where steps are hard to
+        foretell, room is left for the late ones.
         """
         if not self.seconds_per_prompt_token:
-            return min(_FIRST_CHUNK, largest)
-        allowed = self._max_pause_steps * self.decode_seconds if decoding else _IDLE_CHUNK_SECONDS
-        chunk = _SMALLEST_CHUNK
-        while (
-            chunk * 2 <= largest
-            and self.decode_seconds + chunk * 2 * self.seconds_per_prompt_token <= allowed
-        ):
-            chunk *= 2
+            first = _SMALLEST_CHUNK if decoding else _FIRST_CHUNK
+            if not self._largest_pass:
+                return min(first, largest)
+            largest = min(largest, max(first, 2 * self._largest_pass))
+        allowed = _IDLE_CHUNK_SECONDS
+        if decoding:
+            # The bound is on the whole pause, with the decode step in it.
+            room = min(_MOST_ROOM, _LATE_STEPS * self.lateness)
+            allowed = (self._max_pause_steps / (1 + room) - 1) * self.decode_seconds
+        chunk = size = _SMALLEST_CHUNK
+        while size <= largest and (size == _SMALLEST_CHUNK or self.pass_seconds(size) <= allowed):
+            chunk = size
+            # Powers of two, and those and a half.
+            size = size // 2 * 3 if size.bit_count() == 1 else size // 3 * 4
         return min(chunk, largest)
 
 
@@ -140,9 +175,31 @@ class Scheduler:
         """Running sequences whose prompt is processed."""
         return sum(sequence.is_decoding for sequence in self.running.values())
 
+    @property
+    def spare_rows(self) -> int:
+        """Rows beyond the running ones that the batch may hold memory for."""
+        return self._max_batch_size if self._memory is None else self._memory.spare_rows
+
     def chunk_tokens(self) -> int:
-        """Prompt tokens the next step may process, over all prompts."""
-        return self.clock.chunk_tokens(self._prefill_chunk_tokens, decoding=self.decoding)
+        """Prompt tokens the next step may process, over all prompts.
+
+        Short prompts go through one pass each, or one together, whatever the pause: in pieces, each of
+        which reads all weights, several of them would take many times as long.
+        """
+        chunk = self.clock.chunk_tokens(self._prefill_chunk_tokens, decoding=self.decoding)
+        are_short = [
+            sequence.uncached_tokens <= _PASSING_PROMPT
+            for sequence in self.running.values()
+            if not sequence.is_decoding
+        ]
+        if any(are_short):
+            chunk = max(chunk, _FIRST_CHUNK if all(are_short) else _PASSING_PROMPT)
+        return min(chunk, self._prefill_chunk_tokens)
+
+    def patience(self) -> float:
+        """Seconds that are little beside the pass that the waiting prompts need, for others to join it."""
+        tokens = sum(sequence.uncached_tokens for sequence in self.waiting)
+        return _GATHERING_SHARE * self.clock.pass_seconds(min(tokens, self.chunk_tokens()))
 
     def admit(self) -> list[Sequence]:
         """Take the sequences that may join now, and fit in memory, out of the queue, in order of arrival.
@@ -157,7 +214,7 @@ class Scheduler:
         # The prompts share the chunk. One of them may be long, which is one that its share of the next
         # chunk does not finish.
         sharing = len(prefilling)
-        share = max(_SMALLEST_CHUNK, chunk // max(1, sharing))
+        share = max(_SHORT_PROMPT, chunk // max(1, sharing))
         has_long = any(s.unprocessed_tokens > share for s in prefilling)
         admitted: list[Sequence] = []
         skipped: list[Sequence] = []
@@ -167,7 +224,7 @@ class Scheduler:
             if self._is_held(sequence, [*prefilling, *admitted]):
                 skipped.append(sequence)
                 continue
-            fits = sequence.uncached_tokens <= max(_SMALLEST_CHUNK, chunk // (sharing + 1))
+            fits = sequence.uncached_tokens <= max(_SHORT_PROMPT, chunk // (sharing + 1))
             if not fits and has_long:
                 skipped.append(sequence)
                 continue
@@ -183,7 +240,7 @@ class Scheduler:
 
     def _is_held(self, sequence: Sequence, prefilling: SequenceOf[Sequence]) -> bool:
         """Whether a waiting sequence should wait for what another is computing just now."""
-        if self._kept is None:
+        if self._kept is None or sequence.is_scored:
             return False
         awaited = sequence.awaited
         if awaited is not None:

@@ -37,6 +37,7 @@ class Sequence:
         vain_waits: Times that waiting for another's prefill came to nothing.
         passed: Later sequences that were let in before it for want of memory.
         preemptions: Times it gave its row back for want of memory.
+        scored_tokens: Prompt tokens whose log-probabilities were told.
     """
 
     request: GenerationRequest
@@ -58,11 +59,21 @@ class Sequence:
     vain_waits: int = 0
     passed: int = 0
     preemptions: int = 0
+    scored_tokens: int = 0
 
     @property
     def prefill_tokens(self) -> SequenceOf[int]:
-        """What must be in the KV cache before the next token: the answer too, once it lost its row."""
-        return [*self.request.prompt, *self.generated] if self.generated else self.request.prompt
+        """What must be in the KV cache before the next token: the answer too, once it lost its row.
+
+        Pieces of images are there by their names.
+        """
+        prompt = self.request.prompt_names
+        return [*prompt, *self.generated] if self.generated else prompt
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether its prompt's log-probabilities are still to be told: all of the prompt is computed then."""
+        return self.request.prompt_logprobs is not None and self.scored_tokens < len(self.request.prompt)
 
     @property
     def total_tokens(self) -> int:
@@ -88,24 +99,28 @@ class Sequence:
         """Note what a step gave this sequence and say it as events.
 
         Args:
-            token: The new token, or None where the model ended the answer.
-            end: None, "stop" or "length".
+            token: The new token, or None where there is none.
+            end: None, "end_token", "stop" or "length", as batch.Decoded has them.
             now: The step's time, monotonic seconds.
         """
         events: list[EngineEvent] = []
         if not self.first_token_at:
             self.first_token_at = now
         self.last_token_at = now
+        end_token = None
+        if end == "end_token":
+            token, end_token = None, token
         if token is not None:
             self.generated.append(token.token_id)
             events.append(TokensGenerated((token,)))
         if end is not None:
             events.append(
                 GenerationFinished(
-                    cause=StopCause.END_OF_SEQUENCE if end == "stop" else StopCause.MAX_TOKENS,
+                    cause=StopCause.MAX_TOKENS if end == "length" else StopCause.END_OF_SEQUENCE,
                     completion_tokens=len(self.generated),
                     prompt_seconds=self.first_token_at - self.admitted_at,
                     decode_seconds=now - self.first_token_at,
+                    end_token=end_token,
                 )
             )
         return events

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +72,35 @@ class Constraint(Protocol):
         ...
 
 
+class PromptImages(Protocol):
+    """Images in a prompt. What is read in place of their tokens is the model's business.
+
+    Attributes:
+        names: The prompt by which KV caches are found: tokens, and for each piece of an image a number
+            below 0 that tells it from those of all other images.
+        position_delta: What is added to a token's place behind the prompt to give its position.
+    """
+
+    @property
+    def names(self) -> tuple[int, ...]: ...  # noqa: D102  (said above)
+
+    @property
+    def position_delta(self) -> int: ...  # noqa: D102  (said above)
+
+    def inputs(self, model: Any, start: int, names: Sequence[int]) -> tuple[Any, Mapping[str, Any]]:
+        """A part of the prompt for a call of the model. On the MLX thread.
+
+        Args:
+            model: The model.
+            start: Where the part begins.
+            names: Its names; behind the prompt, tokens that were generated before.
+
+        Returns:
+            Token ids of shape (1, tokens), and what else to call the model with.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One sequence to generate.
@@ -80,7 +109,8 @@ class GenerationRequest:
         request_id: Unique among live requests; shows in logs.
         model_id: A model that is loaded in the engine.
         prompt: Token ids, at least one.
-        max_tokens: Tokens to generate at most, at least 1, with the prompt within the context.
+        max_tokens: Tokens to generate at most, with the prompt within the context; 0 processes the
+            prompt only.
         sampling: How tokens are chosen.
         top_logprobs: None computes no log-probabilities; k reports the chosen token's and the k
             most probable tokens'.
@@ -89,6 +119,10 @@ class GenerationRequest:
             done ends, with ignore_eos too.
         stable_prefix_tokens: Tokens at the prompt's beginning that are likely to come again in other
             requests, such as a system prompt and tools; their KV cache is kept longest.
+        prompt_logprobs: None scores no prompt; k reports the log-probabilities of the prompt's tokens
+            and, at each place, of the k most probable ones. The whole prompt is computed then.
+        prompt_field: Where the prompt is in what the client sent, for errors.
+        images: Those in the prompt, for a model that takes them; None is none.
     """
 
     request_id: str
@@ -100,6 +134,14 @@ class GenerationRequest:
     ignore_eos: bool = False
     constraint: Constraint | None = None
     stable_prefix_tokens: int = 0
+    prompt_logprobs: int | None = None
+    prompt_field: str = "prompt"
+    images: PromptImages | None = None
+
+    @property
+    def prompt_names(self) -> tuple[int, ...]:
+        """The prompt by which KV caches are found."""
+        return self.prompt if self.images is None else self.images.names
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +154,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token.
+    """One token, generated or of the prompt.
 
     Attributes:
         token_id: Its id.
-        logprob: Set where the request asked for log-probabilities.
+        logprob: Set where the request asked for log-probabilities; never for a prompt's first token.
         top: The most probable tokens in descending order, as many as were asked for.
     """
 
@@ -154,6 +196,13 @@ class PrefillProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptScored:
+    """More of the prompt's tokens with their log-probabilities, in order, where asked for. Never empty."""
+
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TokensGenerated:
     """New tokens, in order; the end-of-sequence token is never among them. Never empty."""
 
@@ -169,12 +218,16 @@ class GenerationFinished:
         completion_tokens: Tokens generated, the end-of-sequence token not counted.
         prompt_seconds: From admission to the first token.
         decode_seconds: From the first token to the last.
+        end_token: The end-of-sequence token, where that ended it.
     """
 
     cause: StopCause
     completion_tokens: int
     prompt_seconds: float
     decode_seconds: float
+    end_token: Token | None = None
 
 
-EngineEvent: TypeAlias = PrefillStarted | PrefillProgress | TokensGenerated | GenerationFinished
+EngineEvent: TypeAlias = (
+    PrefillStarted | PrefillProgress | PromptScored | TokensGenerated | GenerationFinished
+)

@@ -13,12 +13,14 @@ import gc
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from mlx_lm.models.cache import make_prompt_cache
 
 from osaurus_grpc.engine import footprint, layers
+from osaurus_grpc.engine.arrivals import Arrivals
 from osaurus_grpc.engine.batch import Batch, self_test
 from osaurus_grpc.engine.drafting import DraftModel, KeptBesideDraft
 from osaurus_grpc.engine.memory import KeptCaches, KVBudget, KVMemory
@@ -44,7 +46,7 @@ class Worker:
             device that is gone for good.
         max_batch_size: Rows of a model's batch at most.
         prefill_chunk_tokens: Prompt tokens between two decode steps at most.
-        max_pause_steps: Decode steps that such a chunk may take as long as.
+        max_pause_steps: As StepClock has it.
         prompt_cache_bytes: Of a model's kept beginnings; 0 keeps none.
         prompt_cache_bits: Quantize them to 8 or 4 bits; 0 keeps them as they are.
         budget: Of the KV caches of all models.
@@ -55,6 +57,7 @@ class Worker:
     Attributes:
         prompt_cache_counters: What the kept beginnings were good for; other threads may read it.
         speculation_counters: What guesses were good for; other threads may read it.
+        arrivals: Requests that are being readied; the event loop counts them.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Worker:
         self._models: dict[str, tuple[Any, int]] = {}
         self._memories: dict[str, KVMemory] = {}
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.arrivals = Arrivals(wake=lambda: self.post(lambda: None))
         self._runners: dict[str, Runner] = {}
         self._is_stopping = False
         # A daemon: a device call that never returns must not keep the process from ending.
@@ -144,7 +148,7 @@ class Worker:
             counters=self.prompt_cache_counters,
         )
         kept: KeptCaches = prompt_cache if draft is None else KeptBesideDraft(prompt_cache, draft)
-        memory = KVMemory(self._budget, footprint.measure(model), kept)
+        memory = KVMemory(self._budget, footprint.measure(model), kept, self._max_batch_size)
         self._budget.adapt(memory_bytes())
         scheduler = Scheduler(
             max_batch_size=self._max_batch_size,
@@ -165,15 +169,22 @@ class Worker:
         self._models[model_id] = model, vocab_size
         return memory
 
+    def require_draft(self, model_id: str) -> None:
+        """Raise ModelUnusableError where a model cannot draft for any other. On the MLX thread only."""
+        if model_id not in self._models:
+            raise ModelUnusableError(f"Model '{model_id}' cannot draft: it gives no text.", model=model_id)
+        model, _ = self._models[model_id]
+        if not layers.is_plain(make_prompt_cache(model)):
+            raise ModelUnusableError(
+                f"Model '{model_id}' cannot draft: its KV cache cannot be cut back.", model=model_id
+            )
+
     def _draft(self, draft_id: str, vocab_size: int) -> DraftModel | None:
         """What drafts for a model whose logits are so wide."""
         if not draft_id:
             return None
+        self.require_draft(draft_id)
         model, width = self._models[draft_id]
-        if not layers.is_plain(make_prompt_cache(model)):
-            raise ModelUnusableError(
-                f"Model '{draft_id}' cannot draft: its KV cache cannot be cut back.", model=draft_id
-            )
         return DraftModel(model, min(vocab_size, width))
 
     def _speculation(self, scheduler: Scheduler, draft: DraftModel | None) -> Speculation | None:
@@ -190,8 +201,7 @@ class Worker:
 
     def _persistence(self, model: object, store: PromptCache, identity: str) -> Persistence | None:
         """What keeps a model's beginnings on the disk, where it can be done."""
-        # Recurrent states exist at few places of a sequence and are not written.
-        if self._prefix_disk is None or not identity or not store.max_bytes or store.layout.states:
+        if self._prefix_disk is None or not identity or not store.max_bytes:
             return None
         return Persistence(self._prefix_disk, store, identity, model, self.post)
 
@@ -225,7 +235,11 @@ class Worker:
         try:
             while not self._is_stopping:
                 self._run_posted(wait=not any(runner.is_busy for runner in self._runners.values()))
-                self._step()
+                self._decode()
+                # What came meanwhile is prefilled in this step.
+                self._run_posted(wait=False)
+                self._gather()
+                self._prefill()
             for runner in self._runners.values():
                 runner.close()
             self._runners.clear()
@@ -238,17 +252,32 @@ class Worker:
             logger.critical("event=mlx_thread_died", exc_info=True)
             self._report_death()
 
-    def _step(self) -> None:
-        """A step of every model that has something to do."""
-        # Not in _run(), whose locals live while it waits and would keep an unloaded model in memory.
+    # Not in _run(), whose locals live while it waits and would keep an unloaded model in memory.
+
+    def _decode(self) -> None:
+        """The first half of a step of every model that has something to do."""
         for runner in self._runners.values():
-            if runner.is_busy and (deliveries := runner.step()):
+            if runner.is_busy and (deliveries := runner.decode()):
                 self._deliver(deliveries)
 
-    def _run_posted(self, *, wait: bool) -> None:
-        """Run what was posted; with wait, sleep until there is something."""
+    def _gather(self) -> None:
+        """Wait for requests that are on their way, before the first pass over those that are here."""
+        if not self.arrivals.count or any(len(runner.scheduler.running) for runner in self._runners.values()):
+            return
+        deadline = time.monotonic() + max((runner.patience for runner in self._runners.values()), default=0.0)
+        while self.arrivals.count and (left := deadline - time.monotonic()) > 0:
+            self._run_posted(wait=True, timeout_seconds=left)
+
+    def _prefill(self) -> None:
+        """The second half."""
+        for runner in self._runners.values():
+            if runner.is_busy and (deliveries := runner.prefill()):
+                self._deliver(deliveries)
+
+    def _run_posted(self, *, wait: bool, timeout_seconds: float | None = None) -> None:
+        """Run what was posted; with wait, sleep until there is something, or for so long."""
         try:
-            function = self._posted.get(block=wait)
+            function = self._posted.get(block=wait, timeout=timeout_seconds)
             while True:
                 function()
                 function = self._posted.get(block=False)

@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 
 from osaurus_grpc.models.inspection import IncompleteModelError, ModelFolder, architecture, read_json_object
+from osaurus_grpc.models.vision import families
 from osaurus_grpc.models.weights import TensorInfo, dominant_dtype
 from osaurus_grpc.models.weights import parameter_count as count_parameters
 
@@ -36,7 +37,7 @@ _THINK_MARKS = ("<think>", "</think>", "<longcat_think>", "<seed:think>", "[THIN
 
 
 class Capability(Enum):
-    """What a model can do. VISION is not found yet: images cannot be served."""
+    """What a model can do."""
 
     CHAT = "chat"
     COMPLETION = "completion"
@@ -124,6 +125,8 @@ def capabilities(config: Mapping[str, object], template: str) -> frozenset[Capab
         found.add(Capability.TOOLS)
         if any(mark in template for mark in _THINK_MARKS):
             found.add(Capability.REASONING)
+        if families.family_of(config) is not None and families.is_installed():
+            found.add(Capability.VISION)
     return frozenset(found)
 
 

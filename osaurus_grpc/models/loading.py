@@ -10,17 +10,21 @@ import importlib.metadata
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from osaurus_grpc.errors import ModelUnusableError
-from osaurus_grpc.models import cpu_kernels
+from osaurus_grpc.models import cpu_kernels, facts
 from osaurus_grpc.models.catalog import ModelEntry
 from osaurus_grpc.models.embedding import Embedder, Pooling, configured_pooling
 from osaurus_grpc.models.encoder import ENCODER_TYPES, UnsupportedEncoderError, load_encoder
+from osaurus_grpc.models.facts import Capability
 from osaurus_grpc.models.inspection import CONFIG_FILE, read_json_object
+from osaurus_grpc.models.vision import families
+from osaurus_grpc.models.vision.families import Family
+from osaurus_grpc.models.vision.reader import ImageReader
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +37,7 @@ _UNKNOWN_CONTEXT_LENGTH = 32_768
 # own would talk on to itself.
 _TURN_ENDS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|endoftext|>"),
-    *("<|call|>", "<|return|>"),
+    *("<|call|>", "<|return|>", "<end_of_utterance>"),
 )
 # gpt-oss ends each of several messages of a turn with this.
 _MESSAGE_END = "<|end|>"
@@ -63,6 +67,10 @@ class MlxHost(Protocol):
         """
         ...
 
+    async def require_draft(self, model_id: str) -> None:
+        """Raise ModelUnusableError where a model in service cannot draft for any other."""
+        ...
+
     def attach_embedder(self, model_id: str, embedder: Embedder) -> None:
         """Take what makes embedding vectors with a model into service."""
         ...
@@ -89,6 +97,8 @@ class LoadedModel:
         resident_bytes: Memory the weights take.
         load_seconds: What loading took.
         fingerprint: "fp_" and ten hexadecimal digits; changes with weights, dtype and engine.
+        images: Reads images for it; None where it takes none.
+        draft_id: The model that drafts for it; "" where none does.
     """
 
     entry: ModelEntry
@@ -99,6 +109,8 @@ class LoadedModel:
     resident_bytes: int
     load_seconds: float
     fingerprint: str
+    images: ImageReader | None = None
+    draft_id: str = ""
 
 
 async def load_model(
@@ -110,23 +122,22 @@ async def load_model(
         host: The engine.
         entry: The model.
         dtype: As Settings.dtype.
-        draft: A loaded model that drafts for it.
+        draft: A loaded model that drafts for it where they have one vocabulary.
 
     Raises:
-        ModelUnusableError: Its files are damaged, or its architecture is not known, or the draft model
-            has another vocabulary.
+        ModelUnusableError: Its files are damaged, or its architecture is not known.
     """
     started = time.monotonic()
     await host.call(cpu_kernels.install)
-    tokenizer, eos_token_ids = await asyncio.to_thread(_load_tokenizer, entry)
-    if draft is not None:
-        await asyncio.to_thread(_require_same_vocabulary, entry, tokenizer, draft)
+    images = await asyncio.to_thread(_load_images, entry) if takes_images(entry) else None
+    tokenizer, eos_token_ids = await asyncio.to_thread(_load_tokenizer, entry, images)
+    draft_id = await asyncio.to_thread(_draft_id, entry, tokenizer, draft)
     is_encoder = not is_generating(entry)
     build = _build_encoder if is_encoder else _build
     model: Any = await host.call(lambda: build(entry, dtype))
     for group in _groups(model):
         await host.call(partial(_evaluate, entry, group))
-    embedder = _embedder(entry, model)
+    embedder = _embedder(entry, model) if images is None else None
     context_length = entry.context_length or _UNKNOWN_CONTEXT_LENGTH
     if is_encoder and embedder is not None:
         await host.call(lambda: _probe_encoder(entry, embedder))
@@ -135,7 +146,6 @@ async def load_model(
         vocab_size = await host.call(lambda: _probe(entry, model))
         identity = _identity(entry, dtype)
         ends = tuple(sorted(eos_token_ids))
-        draft_id = draft.entry.id if draft is not None else ""
         await host.attach(entry.id, model, ends, vocab_size, identity=identity, draft_id=draft_id)
     if embedder is not None:
         host.attach_embedder(entry.id, embedder)
@@ -148,6 +158,8 @@ async def load_model(
         resident_bytes=_resident_bytes(model),
         load_seconds=time.monotonic() - started,
         fingerprint=_fingerprint(entry, dtype),
+        images=images,
+        draft_id=draft_id,
     )
 
 
@@ -156,14 +168,44 @@ def is_generating(entry: ModelEntry) -> bool:
     return entry.architecture not in ENCODER_TYPES
 
 
-def _require_same_vocabulary(entry: ModelEntry, tokenizer: Any, draft: LoadedModel) -> None:
+def takes_images(entry: ModelEntry) -> bool:
+    """Whether a model takes images, as it is loaded here."""
+    return Capability.VISION in entry.capabilities
+
+
+def _family(entry: ModelEntry) -> Family:
+    return families.FAMILIES[entry.architecture]
+
+
+def drafted_models(draft: ModelEntry, entries: Iterable[ModelEntry]) -> list[ModelEntry]:
+    """The models for which one may draft: others, of the same vocabulary.
+
+    Reads the tokenizers; raises ModelUnusableError where one cannot be read.
+    """
+
+    def tokenizer(entry: ModelEntry) -> Any:
+        return _load_tokenizer(entry, _load_images(entry) if takes_images(entry) else None)[0]
+
+    own = tokenizer(draft)
+    others = (entry for entry in entries if entry.id != draft.id and is_generating(entry))
+    return [entry for entry in others if _have_one_vocabulary(own, tokenizer(entry))]
+
+
+def _have_one_vocabulary(one: Any, other: Any) -> bool:
     """A draft model guesses token ids: they must mean the same in both models."""
-    if tokenizer.get_vocab() != draft.tokenizer.get_vocab():
-        raise ModelUnusableError(
-            f"Model '{entry.id}' cannot be loaded: the draft model '{draft.entry.id}' has another "
-            "vocabulary; choose one of the same family with --draft-model, or start without.",
-            model=entry.id,
+    return bool(one.get_vocab() == other.get_vocab())
+
+
+def _draft_id(entry: ModelEntry, tokenizer: Any, draft: LoadedModel | None) -> str:
+    """Which model drafts for one that is being loaded; "" where none can."""
+    if draft is None:
+        return ""
+    if not _have_one_vocabulary(tokenizer, draft.tokenizer):
+        logger.warning(
+            "event=draft_unused reason=another_vocabulary model=%s draft=%s", entry.id, draft.entry.id
         )
+        return ""
+    return draft.entry.id
 
 
 def _plan(entry: ModelEntry, dtype: str) -> WeightPlan:
@@ -181,7 +223,8 @@ def estimated_bytes(entry: ModelEntry, dtype: str) -> int:
 
 def _identity(entry: ModelEntry, dtype: str) -> str:
     """Changes with weights, dtype and engine: with all that changes what a model computes."""
-    parts = (entry.digest, dtype, importlib.metadata.version("mlx"), importlib.metadata.version("mlx-lm"))
+    packages = ("mlx", "mlx-lm", *(("mlx-vlm",) if takes_images(entry) else ()))
+    parts = (entry.digest, dtype, *map(importlib.metadata.version, packages))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -189,8 +232,28 @@ def _fingerprint(entry: ModelEntry, dtype: str) -> str:
     return "fp_" + _identity(entry, dtype)[:10]
 
 
-def _load_tokenizer(entry: ModelEntry) -> tuple[Any, frozenset[int]]:
-    """Transformers' tokenizer and the ids that end an answer. Needs no MLX; runs on any thread."""
+def _load_images(entry: ModelEntry) -> ImageReader:
+    """What reads images for a model. Needs no MLX; runs on any thread."""
+    try:
+        return ImageReader.load(entry.path, _family(entry))
+    except Exception as error:  # whatever the files make mlx-vlm and transformers raise
+        log_unusable("processor", entry)
+        if isinstance(error, ImportError):
+            raise ModelUnusableError(_reason(entry, error), model=entry.id) from error
+        raise ModelUnusableError(
+            f"Model '{entry.id}' cannot be loaded: its tokenizer or the settings of its image processor are "
+            "damaged or of an unknown kind.",
+            model=entry.id,
+        ) from error
+
+
+def _load_tokenizer(entry: ModelEntry, images: ImageReader | None) -> tuple[Any, frozenset[int]]:
+    """Transformers' tokenizer and the ids that end an answer. Needs no MLX; runs on any thread.
+
+    Args:
+        entry: The model.
+        images: Where it takes images, what reads them, with a tokenizer that knows their tokens.
+    """
     from mlx_lm.utils import load_config, load_tokenizer
 
     try:
@@ -203,6 +266,9 @@ def _load_tokenizer(entry: ModelEntry) -> tuple[Any, frozenset[int]]:
             model=entry.id,
         ) from error
     tokenizer = wrapper._tokenizer
+    if images is not None:
+        images.tokenizer.chat_template = images.tokenizer.chat_template or facts.chat_template(entry.path)
+        tokenizer = images.tokenizer
     ends = set(wrapper.eos_token_ids)
     template = str(tokenizer.chat_template or "")
     for text in _TURN_ENDS:
@@ -219,7 +285,10 @@ def _build(entry: ModelEntry, dtype: str) -> Any:
     from mlx_lm.utils import dequantize_model, load_model
 
     try:
-        model, config = load_model(entry.path, lazy=True, strict=True)
+        if takes_images(entry):
+            model, config = _load_image_model(entry)
+        else:
+            model, config = load_model(entry.path, lazy=True, strict=True)
     except Exception as error:  # whatever the files make mlx-lm raise
         log_unusable("model", entry)
         raise ModelUnusableError(_reason(entry, error), model=entry.id) from error
@@ -240,6 +309,18 @@ def _build(entry: ModelEntry, dtype: str) -> Any:
         model = dequantize_model(model)
     model.eval()
     return model
+
+
+def _load_image_model(entry: ModelEntry) -> tuple[Any, Mapping[str, Any]]:
+    """A model of mlx-vlm and its configuration; raises whatever its files make mlx-vlm raise."""
+    from mlx_vlm.utils import load_model
+
+    from osaurus_grpc.models.vision.image_model import ImageModel
+
+    config = read_json_object(entry.path / CONFIG_FILE)
+    if "model_file" in config:
+        raise ValueError("it brings a custom module")  # which mlx-vlm would import
+    return ImageModel(load_model(entry.path, lazy=True), _family(entry)), config
 
 
 def _build_encoder(entry: ModelEntry, dtype: str) -> Any:
@@ -289,6 +370,10 @@ def _reason(entry: ModelEntry, error: Exception) -> str:
     """Why a model cannot be loaded, without the exception's own words."""
     text = str(error)
     start = f"Model '{entry.id}' cannot be loaded: "
+    if families.is_missing_for(entry.architecture):
+        return f"{start}it takes images, for which mlx-vlm is needed: {families.INSTALL_HINT}"
+    if takes_images(entry) and isinstance(error, ImportError):
+        return f"{start}the mlx-vlm that is installed is another one than is needed: {families.INSTALL_HINT}"
     if "not supported" in text and isinstance(error, ValueError):
         return f"{start}mlx-lm does not know its architecture, '{entry.architecture}'."
     if "custom module" in text:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import dataclasses
 import importlib
 import importlib.metadata
 import logging
@@ -24,10 +25,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from osaurus_grpc.models import cgroup
+from osaurus_grpc.models import cgroup, native_kernels
+from osaurus_grpc.models.native_kernels import NativeKernels
 
 __all__ = [
     "Blas",
@@ -70,12 +73,14 @@ class Blas:
         threads: How many it uses.
         reason: Why this one, for people.
         library: The loaded library, or None where none was loaded.
+        kernels: What does products of a few rows in its place, and more, or None.
     """
 
     name: str
     threads: int
     reason: str
     library: ctypes.CDLL | None = None
+    kernels: NativeKernels | None = None
 
 
 def physical_cores() -> int:
@@ -113,15 +118,22 @@ def _openblas_candidates() -> Iterator[str]:
     yield from ("libopenblas.so.0", "libopenblas.so")
 
 
-def _load(candidates: Iterator[Path] | Iterator[str], required: str) -> ctypes.CDLL | None:
-    """The first candidate that loads and has the symbol; its symbols become global."""
+def _load(
+    candidates: Iterator[Path] | Iterator[str], required: str
+) -> tuple[ctypes.CDLL, NativeKernels | None] | None:
+    """The first candidate that loads and has the symbol, and what stands in front of it.
+
+    Its symbols become global, after those that are to be found first.
+    """
     for candidate in candidates:
         try:
-            library = ctypes.CDLL(str(candidate), mode=ctypes.RTLD_GLOBAL)
+            library = ctypes.CDLL(str(candidate), mode=ctypes.RTLD_LOCAL)
         except OSError:
             continue
         if hasattr(library, required):
-            return library
+            is_wanted = os.environ.get("OSAURUS_NATIVE_KERNELS", "1") != "0"
+            kernels = native_kernels.load(library) if is_wanted else None
+            return ctypes.CDLL(str(candidate), mode=ctypes.RTLD_GLOBAL), kernels
     return None
 
 
@@ -147,12 +159,36 @@ def _choose_blas() -> Blas:
     # Waiting threads sleep instead of spinning: the servers share these cores.
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if library := _load(_mkl_candidates(), "MKL_Set_Num_Threads"):
-        return Blas("MKL", threads, "the mkl package is installed", library)
-    if library := _load(_openblas_candidates(), "openblas_set_num_threads"):
-        return Blas("OpenBLAS", threads, "mkl is not installed and the system has OpenBLAS", library)
+    if found := _load(_mkl_candidates(), "MKL_Set_Num_Threads"):
+        return Blas("MKL", threads, "the mkl package is installed", *found)
+    if found := _load(_openblas_candidates(), "openblas_set_num_threads"):
+        return Blas("OpenBLAS", threads, "mkl is not installed and the system has OpenBLAS", *found)
     logger.warning("event=slow_blas detail=%r", _SLOW_BLAS)
     return Blas("reference", 1, _SLOW_BLAS)
+
+
+def _import_transformers() -> None:
+    """Import transformers so that it looks through its files once.
+
+    It reads each of its models' files to learn what they define, and does so again for the package
+    within it that holds them: most of a second of every start. What it found is kept, but under a
+    path written in another way. Without the function by that name it is imported as it is.
+    """
+    transformers = importlib.import_module("transformers")
+    names = importlib.import_module("transformers.utils.import_utils")
+    look = getattr(names, "create_import_structure_from_path", None)
+    if look is None:
+        return
+    models = Path(transformers.__file__ or "").parent / "models"
+
+    def look_once(path: str | Path) -> Any:
+        return look(models if Path(path) == models / "__init__.py" else path)
+
+    names.create_import_structure_from_path = look_once  # type: ignore[attr-defined]
+    try:
+        importlib.import_module("transformers.models")
+    finally:
+        names.create_import_structure_from_path = look  # type: ignore[attr-defined]
 
 
 def _import_mlx_lm() -> None:
@@ -165,6 +201,7 @@ def _import_mlx_lm() -> None:
 
     # Its advice is for people who write training code.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _import_transformers()
     resource.setrlimit = keep_open_files_limit
     try:
         importlib.import_module("mlx_lm")
@@ -203,7 +240,9 @@ def set_blas_threads(threads: int) -> None:
             blas.library.openblas_set_num_threads(ctypes.c_int(wanted))
         case _:
             return
-    blas = Blas(blas.name, wanted, blas.reason, blas.library)
+    if blas.kernels is not None:
+        blas.kernels.threads = wanted
+    blas = dataclasses.replace(blas, threads=wanted)
 
 
 set_blas_threads(blas.threads)

@@ -24,6 +24,7 @@ from osaurus_grpc.errors import (
     InsufficientMemoryError,
     ModelBusyError,
     ModelUnusableError,
+    OsaurusError,
 )
 from osaurus_grpc.models.catalog import ModelEntry
 from osaurus_grpc.models.loading import (
@@ -76,12 +77,14 @@ class Residence:
         resident_bytes: Memory its weights take.
         expire_time: When it is unloaded for lack of use; None where it stays.
         device: "cpu" or "gpu", what holds it; "" where it is not loaded.
+        draft_id: The model that drafts for it; "" where none does.
     """
 
     state: ResidenceState
     resident_bytes: int = 0
     expire_time: datetime | None = None
     device: str = ""
+    draft_id: str = ""
 
 
 @dataclass(slots=True)
@@ -114,8 +117,8 @@ class Residency:
         max_loaded_models: Models in memory at once.
         keep_alive_seconds: Unload a model unused for so long; negative is never.
         dtype: As Settings.dtype.
-        find_draft: Finds the model that drafts for all others, which does not count as one of them;
-            may read the disk. None is no such model.
+        find_draft: Finds the model that drafts for all others of its vocabulary, which does not count as
+            one of them; may read the disk. None is no such model.
     """
 
     def __init__(
@@ -174,6 +177,19 @@ class Residency:
         async with self.lease(entry, keep_alive_seconds) as lease:
             return lease
 
+    async def load_draft(self) -> None:
+        """Load the model that drafts for others, where there is one, to learn whether it can.
+
+        Raises ModelNotFoundError where it is not there, ModelUnusableError where its KV cache cannot be
+        cut back, and as lease() does.
+        """
+        if self._find_draft is None:
+            return
+        entry = await asyncio.to_thread(self._find_draft)
+        (await self._current_slot(entry)).is_draft = True
+        async with self.lease(entry):
+            await self._host.require_draft(entry.id)
+
     async def unload(self, model_id: str) -> bool:
         """Unload a model once nobody holds it; False where it was not in memory.
 
@@ -203,6 +219,7 @@ class Residency:
             slot.model.resident_bytes,
             slot.expire_time,
             device="cpu" if device() is Device.CPU else "gpu",
+            draft_id=slot.model.draft_id,
         )
 
     async def close(self) -> None:
@@ -266,11 +283,21 @@ class Residency:
     async def _hold_draft(self, entry: ModelEntry) -> LoadedModel | None:
         """Load what drafts for a model, to stay until the model is unloaded.
 
-        Raises ModelNotFoundError where there is no such model, and as lease() does.
+        None where there is no such model, or it cannot be had: answers need no draft.
         """
         if self._find_draft is None or not is_generating(entry):
             return None
-        draft = await asyncio.to_thread(self._find_draft)
+        try:
+            return await self._held_draft(entry, self._find_draft)
+        except DrainingError:
+            raise
+        except OsaurusError as error:
+            logger.warning("event=draft_unused reason=%s model=%s", error.reason.lower(), entry.id)
+            self._let_draft_go(self._slots[entry.id])
+            return None
+
+    async def _held_draft(self, entry: ModelEntry, find: Callable[[], ModelEntry]) -> LoadedModel | None:
+        draft = await asyncio.to_thread(find)
         if draft.id == entry.id:
             return None
         holder, slot = self._slots[entry.id], await self._current_slot(draft)
@@ -294,6 +321,8 @@ class Residency:
         started = time.monotonic()
         await self._make_room(entry)
         model = await load_model(self._host, entry, self._dtype, draft)
+        if draft is not None and not model.draft_id:
+            self._let_draft_go(self._slots[entry.id])
         seconds = time.monotonic() - started
         logger.info(
             "event=model_loaded model=%s seconds=%.2f bytes=%d", entry.id, seconds, model.resident_bytes

@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import pytest
+from mlx.utils import tree_map
 
 from osaurus_grpc.engine.engine import Engine
 from osaurus_grpc.engine.prefix_disk import PrefixDisk
@@ -24,15 +25,15 @@ VOCAB = 96
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def tiny_model(kind: str = "llama", *, seed: int = 11) -> Any:
-    """A random model of an architecture with float32 weights; runs on the MLX thread."""
+def tiny_model(kind: str = "llama", *, seed: int = 11, layers: int = 2) -> Any:
+    """A random model of an architecture with float32 weights; so many layers are for llama only."""
     mx.random.seed(seed)
     match kind:
         case "llama":
             from mlx_lm.models import llama as family
 
             arguments = family.ModelArgs(
-                model_type="llama", hidden_size=32, num_hidden_layers=2, intermediate_size=64,
+                model_type="llama", hidden_size=32, num_hidden_layers=layers, intermediate_size=64,
                 num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, vocab_size=VOCAB,
             )  # fmt: skip
         case "gemma3":  # sliding windows: rotating caches beside plain ones
@@ -89,10 +90,27 @@ def tiny_model(kind: str = "llama", *, seed: int = 11) -> Any:
                 intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
                 kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, v_head_dim=8, qk_nope_head_dim=8,
             )  # fmt: skip
+        case "lfm2":  # short convolutions beside plain ones
+            from mlx_lm.models import lfm2 as family
+
+            arguments = family.ModelArgs(
+                model_type="lfm2", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, norm_eps=1e-5,
+                conv_bias=False, conv_L_cache=3, block_dim=32, block_ff_dim=64, block_multiple_of=8,
+                block_ffn_dim_multiplier=1.0, block_auto_adjust_ff_dim=False, rope_theta=10000.0,
+                full_attn_idxs=[1],
+            )  # fmt: skip
         case _:
             raise ValueError(kind)
     model = family.Model(arguments)
     model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    return model
+
+
+def sharpened(model: Any) -> Any:
+    """Larger weights, so that an answer depends on all that was said and not on the last token only."""
+    model.update(tree_map(lambda w: w * 3 if w.ndim > 1 else w, model.parameters()))
     mx.eval(model.parameters())
     return model
 

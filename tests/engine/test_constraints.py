@@ -223,3 +223,24 @@ async def test_a_constraint_survives_a_device_error() -> None:
         assert await asyncio.gather(*(answer(broken, one) for one in asked)) == expected
     assert failed
     assert max(failed) > 1
+
+
+async def test_the_next_pass_does_not_wait_for_a_constraint() -> None:
+    """When a token is told to a constraint, the device has the pass that is fed it already."""
+    passes: list[int] = []
+    begun: list[int] = []
+
+    class Watching(Ladder):
+        def accept(self, token_id: int) -> None:
+            begun.append(len(passes))
+            super().accept(token_id)
+
+    def note(call: int, inputs: Any) -> bool:
+        passes.append(call)
+        return False
+
+    async with running_engine(wrap=lambda model: Faulty(model, note)) as watched:
+        ids = await answer(watched, request((1, 2, 3), 96, constraint=Watching(16)))
+    assert len(begun) == len(ids)
+    prompt = begun[0]  # the first token is read as soon as it is there
+    assert begun[1:-1] == [prompt + n for n in range(2, len(ids))]

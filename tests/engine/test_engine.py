@@ -236,7 +236,7 @@ async def test_the_queue_is_bounded():
         ({"prompt": ()}, "prompt"),
         ({"prompt": (1, VOCAB)}, "prompt"),
         ({"prompt": (-1,)}, "prompt"),
-        ({"max_tokens": 0}, "sampling.max_tokens"),
+        ({"max_tokens": -1}, "sampling.max_tokens"),
         ({"sampling": SamplingParams(logit_bias={VOCAB: 1.0})}, "sampling.logit_bias"),
         ({"sampling": SamplingParams(logit_bias={-1: 1.0})}, "sampling.logit_bias"),
     ],

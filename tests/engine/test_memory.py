@@ -19,7 +19,7 @@ from osaurus_grpc.engine.memory import KVBudget, KVFootprint, KVMemory
 from osaurus_grpc.engine.scheduler import Scheduler
 from osaurus_grpc.engine.sequence import Sequence
 from osaurus_grpc.engine.types import GenerationRequest, PrefillStarted, SamplingParams, TokensGenerated
-from osaurus_grpc.errors import InsufficientMemoryError
+from osaurus_grpc.errors import ContextLengthError, InvalidRequestError
 from osaurus_grpc.models.platform import mx
 
 from .conftest import VOCAB, answer, collect, request, running_engine, tiny_model, until
@@ -52,7 +52,7 @@ class Model:
 
     def __init__(self, budget: KVBudget, footprint: KVFootprint, kept: int = 0) -> None:
         self.kept = Kept(kept)
-        self.memory = KVMemory(budget, footprint, self.kept)
+        self.memory = KVMemory(budget, footprint, self.kept, max_rows=64)
         self.scheduler = Scheduler(max_batch_size=64, prefill_chunk_tokens=2**20, memory=self.memory)
         # A chunk takes any prompt: what is tested here is memory alone.
         self.scheduler.clock.decode_seconds = 0.01
@@ -224,6 +224,36 @@ def test_an_impatient_one_holds_other_models_too_until_its_model_leaves():
     assert len(right.admit()) == 1
 
 
+def test_spare_rows_have_what_nobody_else_wants():
+    row = KVFootprint(1).row_bytes(1000)
+    budget = KVBudget(tokens(4, 1300) + 3 * row)
+    first, second = Model(budget, KVFootprint(1), kept=row), Model(budget, KVFootprint(1))
+    first.wait(*(sequence(1000) for _ in range(4)))
+    first.admit()
+    assert first.scheduler.preempt() == []
+    needed = tokens(4, 1000)
+    assert first.memory.needed_bytes == needed
+    spare = (budget.limit_bytes - needed - row) // row
+    assert first.scheduler.spare_rows == spare == 3
+    assert first.memory.running_bytes == needed + spare * row
+    assert first.kept.nbytes == row  # not pressed by what is spare
+    # Another model's sequence is let in beside what is needed; the spare rows give way in the next round.
+    second.wait(sequence(1000, 1))
+    assert len(second.admit()) == 1
+    assert first.scheduler.preempt() == []
+    assert first.scheduler.spare_rows < spare
+    assert budget.running_bytes + budget.kept_bytes <= budget.limit_bytes
+
+
+@pytest.mark.parametrize(("rows", "spare"), [(0, 0), (1, 0), (2, 2), (3, 3), (40, 24), (64, 0)])
+def test_spare_rows_are_no_more_than_there_may_be(rows, spare):
+    model = Model(KVBudget(10**9), KVFootprint(1))
+    model.wait(*(sequence(20) for _ in range(rows)))
+    model.admit()
+    model.scheduler.preempt()
+    assert model.scheduler.spare_rows == spare
+
+
 def test_kept_caches_make_way_those_of_idle_models_first():
     budget = KVBudget(tokens(1, 1000) + 500)
     idle, busy = Model(budget, KVFootprint(1), kept=800), Model(budget, KVFootprint(1), kept=400)
@@ -240,7 +270,7 @@ def test_a_budget_that_is_not_fixed_follows_the_memory():
     assert budget.limit_bytes == 3000
     model.memory.require_possible(100, 100)
     budget.adapt(0)
-    with pytest.raises(InsufficientMemoryError):
+    with pytest.raises(ContextLengthError):
         model.memory.require_possible(1000, 100)
     fixed = KVBudget(77)
     fixed.adapt(10**9)
@@ -249,10 +279,16 @@ def test_a_budget_that_is_not_fixed_follows_the_memory():
 
 async def test_a_request_that_can_never_fit_is_refused_before_any_work():
     async with running_engine(kv_cache_bytes=LLAMA.batch_bytes(1, 600)) as engine:
-        with pytest.raises(InsufficientMemoryError) as refused:
+        with pytest.raises(InvalidRequestError) as refused:
             await answer(engine, request(prompt=(1,) * 500, max_tokens=101))
-        assert refused.value.retry_after_seconds is None
-        assert all(figure in refused.value.message for figure in ("601", "500", "101", "600"))
+        assert refused.value.field == "sampling.max_tokens"
+        assert all(figure in refused.value.message for figure in ("500", "101", "600", "at most 100"))
+        for max_tokens, length in ((1, 600), (0, 601)):
+            with pytest.raises(ContextLengthError) as too_long:
+                await answer(engine, request(prompt=(1,) * length, max_tokens=max_tokens))
+            assert too_long.value.field == "prompt"
+            assert "memory" in too_long.value.message
+            assert too_long.value.metadata == {"limit": "600", "prompt_tokens": str(length)}
         assert engine.stats().prompt_tokens == 0
         assert len(await answer(engine, request(prompt=(1,) * 500, max_tokens=100))) == 100
 
@@ -266,16 +302,16 @@ async def test_a_budget_set_while_memory_was_short_is_set_anew_before_anything_i
 def watch_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Note the largest size that the caches of a batch, kept ones included, have after a step."""
     largest = 0
-    step = Batch.step
+    prefill = Batch.prefill
 
     def watched(self: Batch, *arguments: Any) -> Any:
         nonlocal largest
-        events = step(self, *arguments)
+        events = prefill(self, *arguments)
         kept = self._prompt_cache
         largest = max(largest, self.nbytes + (kept.nbytes if kept is not None else 0))
         return events
 
-    monkeypatch.setattr(Batch, "step", watched)
+    monkeypatch.setattr(Batch, "prefill", watched)
     return lambda: largest
 
 

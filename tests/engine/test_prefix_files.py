@@ -11,20 +11,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from osaurus_grpc.engine import prefix_disk
+from osaurus_grpc.engine import prefix_disk, prefix_files
 from osaurus_grpc.engine.prefix_disk import PrefixDisk, Restore
 from osaurus_grpc.engine.prefix_files import (
     RUN_TOKENS,
     Bytes,
+    Content,
+    FileKey,
     PrefixDirectoryError,
     PrefixFiles,
-    Run,
-    RunKey,
     model_key,
+    tail_hash,
 )
 
 MODEL = model_key("a model", "a layout")
@@ -32,17 +34,19 @@ LAYOUT = "float32 (2, 3)"
 PLENTY = 2**30
 
 
-def run(number: int = 1, model: str = MODEL, size: int = 24) -> Run:
+def run(number: int = 1, model: str = MODEL, size: int = 24) -> Content:
     values = np.arange(size, dtype=np.uint8) + np.uint8(number)
     tokens = tuple(range(number, number + RUN_TOKENS))
-    return Run(RunKey(model, bytes([number]) * 16), tokens, LAYOUT, {"0.0.0": values, "1.0.0": values[:5]})
+    return Content(
+        FileKey(model, bytes([number]) * 16), tokens, LAYOUT, {"0.0.0": values, "1.0.0": values[:5]}
+    )
 
 
-def read(files: PrefixFiles, one: Run) -> dict[str, Bytes] | None:
+def read(files: PrefixFiles, one: Content) -> dict[str, Bytes] | None:
     return files.read(one.key, one.tokens, one.layout)
 
 
-def is_same(found: dict[str, Bytes] | None, one: Run) -> bool:
+def is_same(found: dict[str, Bytes] | None, one: Content) -> bool:
     if found is None or found.keys() != one.arrays.keys():
         return False
     return all(np.array_equal(found[name], one.arrays[name]) for name in found)
@@ -68,6 +72,27 @@ def test_what_was_written_is_read_by_the_next_process(tmp_path):
     from safetensors.numpy import load_file
 
     assert is_same(load_file(tmp_path / "kv" / MODEL / f"{one.key.name.hex()}.safetensors"), one)
+
+
+def test_ends_behind_one_block_are_told_apart_and_known_to_the_next_process(tmp_path):
+    files = PrefixFiles(tmp_path, PLENTY)
+    tails = [tail_hash(tail) for tail in ((), (1,), (1, 2))]
+    ends = [
+        replace(run(1), key=replace(run(1).key, tail=tail), tokens=(7, i)) for i, tail in enumerate(tails)
+    ]
+    for one in (run(1), *ends):
+        files.write(one)
+    again = PrefixFiles(tmp_path, PLENTY)
+    assert again.tails(MODEL, run(1).key.name) == files.tails(MODEL, run(1).key.name) == set(tails)
+    assert all(is_same(read(again, one), one) for one in (run(1), *ends))
+    # One that is of other tokens is dropped, and no longer told of.
+    assert read(again, replace(ends[1], tokens=(7, 2))) is None
+    assert again.tails(MODEL, run(1).key.name) == {tails[0], tails[2]}
+    # A smaller bound leaves none of some.
+    smaller = PrefixFiles(tmp_path, again.size(ends[0].key))
+    assert len(smaller) == 1
+    assert smaller.tails(MODEL, run(1).key.name) <= set(tails)
+    assert smaller.tails(MODEL, run(2).key.name) == frozenset()
 
 
 def test_files_are_private(tmp_path):
@@ -185,17 +210,61 @@ def largest_file(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def events(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage().split()[0] for record in caplog.records]
+
+
 def test_a_full_disk_stops_writing_says_so_once_and_reads_on(tmp_path, caplog):
     files = PrefixFiles(tmp_path, PLENTY)
     files.write(run(1))
-    with caplog.at_level(logging.WARNING), largest_file(100):
+    with caplog.at_level(logging.INFO), largest_file(100):
         files.write(run(2))
         files.write(run(3))
     files.write(run(4))
-    assert [record.getMessage().split()[0] for record in caplog.records] == ["event=prefix_files_stopped"]
+    assert events(caplog) == ["event=prefix_files_stopped"]
     assert not files.is_writable
+    assert files.is_failing
     assert is_same(read(files, run(1)), run(1))
     assert len(list(tmp_path.rglob("*"))) == 2  # no temporary file, no part of one
+
+
+def test_writing_is_tried_again_and_resumes_when_there_is_room(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(prefix_files, "_RETRY_SECONDS", 0.0)
+    files = PrefixFiles(tmp_path, PLENTY)
+    with caplog.at_level(logging.INFO), largest_file(100):
+        for number in range(1, 4):
+            assert files.is_writable
+            files.write(run(number))
+    assert events(caplog) == ["event=prefix_files_stopped"]
+    assert files.is_failing
+    with caplog.at_level(logging.INFO):
+        files.write(run(1))
+        files.write(run(2))
+    assert events(caplog) == ["event=prefix_files_stopped", "event=prefix_files_resumed"]
+    assert not files.is_failing
+    assert len(files) == 2
+    assert is_same(read(files, run(1)), run(1))
+
+
+def test_a_disk_that_is_full_at_the_start_is_said_to_be_and_its_room_used_later(
+    tmp_path, caplog, monkeypatch
+):
+    """The bound is a share of the room there is: without any, no write is even tried."""
+    monkeypatch.setattr(prefix_files, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(prefix_files.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    files = PrefixFiles(tmp_path, -1)
+    with caplog.at_level(logging.INFO):
+        files.write(run(1))
+        files.write(run(2))
+        assert events(caplog) == ["event=prefix_files_stopped"]
+        assert files.is_failing
+        monkeypatch.undo()
+        monkeypatch.setattr(prefix_files, "_RETRY_SECONDS", 0.0)
+        files.write(run(1))
+        files.write(run(2))
+    assert events(caplog) == ["event=prefix_files_stopped", "event=prefix_files_resumed"]
+    assert len(files) == 2
+    assert not files.is_failing
 
 
 @pytest.mark.parametrize("kind", ["file", "shared", "read-only"])
@@ -229,7 +298,7 @@ class Reader:
         if arrays is None:
             self.done.set()
 
-    def ask(self, disk: PrefixDisk, runs: list[Run]) -> Restore:
+    def ask(self, disk: PrefixDisk, runs: list[Content]) -> Restore:
         restore = Restore([(one.key, one.tokens) for one in runs], LAYOUT, self)
         assert disk.restore(restore)
         return restore

@@ -2,7 +2,8 @@
 
 Hypothesis draws whole histories: conversations that go on, are edited in the middle, branch off, ask
 the same again; beside each other, beside requests that are cancelled at any stage, over stores of
-which some hold next to nothing. Every answer is compared with that of an engine that keeps nothing.
+which some hold next to nothing, and over restarts. Every answer is compared with that of an engine that
+keeps nothing.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from mlx.utils import tree_map
 
+from osaurus_grpc.engine import persistence
 from osaurus_grpc.engine.engine import Engine
+from osaurus_grpc.engine.prefix_disk import PrefixDisk
+from osaurus_grpc.engine.prefix_files import PrefixFiles
+from osaurus_grpc.engine.token_chain import BLOCK_TOKENS
 from osaurus_grpc.engine.types import PrefillProgress, PrefillStarted, TokensGenerated
-from osaurus_grpc.models.platform import mx
 
-from .conftest import VOCAB, answer, collect, request, running_engine, token_ids
+from .conftest import VOCAB, answer, collect, request, running_engine, sharpened, tiny_model, token_ids
 
 KINDS = ("llama", "gemma3", "gpt_oss", "mamba2", "qwen3_next", "falcon_h1", "deepseek_v32")
 STORE_BYTES = (20_000, 100_000, 2**26)  # some blocks of a beginning; a conversation; everything
@@ -30,13 +34,6 @@ SYSTEMS = (
     tuple((7 * i + 3) % VOCAB for i in range(48)),
     tuple((11 * i + 5) % VOCAB for i in range(83)),
 )
-
-
-def sharpened(model: Any) -> Any:
-    """Larger weights, so that an answer depends on all that was said and not on the last token only."""
-    model.update(tree_map(lambda w: w * 3 if w.ndim > 1 else w, model.parameters()))
-    mx.eval(model.parameters())
-    return model
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ async def engines(request: pytest.FixtureRequest) -> AsyncIterator[Engines]:
 
         engines = Engines(await start(0), {size: await start(size) for size in STORE_BYTES})
         yield engines
-        assert engines.reused > 400
+        assert engines.reused > 100
 
 
 # Shrinking would replay histories against engines that remember them.
@@ -137,3 +134,47 @@ async def engines(request: pytest.FixtureRequest) -> AsyncIterator[Engines]:
 async def test_reuse_changes_no_token(engines: Engines, history: list[Any], size: int) -> None:
     async with asyncio.timeout(120):
         await asyncio.gather(*(engines.converse(engines.keeping[size], *one) for one in history))
+
+
+@pytest.fixture(params=("llama", "gemma3", "qwen3_next"))
+async def restarting(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Engines]:
+    """An engine that keeps beginnings on the disk, in short runs and little room."""
+    monkeypatch.setattr(persistence, "RUN_BLOCKS", 2)
+    monkeypatch.setattr(persistence, "RUN_TOKENS", 2 * BLOCK_TOKENS)
+    kind: dict[str, Any] = {"kind": request.param, "wrap": sharpened, "prefill_chunk_tokens": 48}
+    found: list[bool] = []
+    read = PrefixFiles.read
+
+    def watched(self: PrefixFiles, *args: Any) -> Any:
+        arrays = read(self, *args)
+        found.append(arrays is not None)
+        return arrays
+
+    monkeypatch.setattr(PrefixFiles, "read", watched)
+    disk = PrefixDisk(PrefixFiles(tmp_path, 2**20))
+    kept = {"prompt_cache_bytes": 2**26, "prefix_disk": disk, "identity": "weights"}
+    async with running_engine(**kind) as plain, running_engine(**kind, **kept) as engine:
+        yield Engines(plain, {0: engine})
+        assert sum(found) > 3
+
+
+async def restart(engine: Engine, kind: str) -> None:
+    """Forget all but the disk."""
+    await engine.detach("tiny")
+    model = await engine.call(lambda: sharpened(tiny_model(kind)))
+    await engine.attach("tiny", model, (), VOCAB, identity="weights")
+
+
+@settings(max_examples=2, phases=(Phase.explicit, Phase.generate), derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
+@given(history=histories)
+async def test_reuse_from_the_disk_changes_no_token(
+    restarting: Engines, request: pytest.FixtureRequest, history: list[Any]
+) -> None:
+    engine = restarting.keeping[0]
+    async with asyncio.timeout(120):
+        for conversations in (history[: len(history) // 2], history):
+            await asyncio.gather(*(restarting.converse(engine, *one) for one in conversations))
+            await restart(engine, request.node.callspec.params["restarting"])

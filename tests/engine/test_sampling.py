@@ -109,10 +109,11 @@ def test_every_row_is_sampled_as_by_itself(rows: list[SamplingParams], seed: int
                     strict=True,
                 )
                 assert chosen in neighbours
-            assert float(detail.chosen.item()) == pytest.approx(logprobs[chosen], abs=2e-4)
+            told = detail.token(chosen)
+            assert told.logprob == pytest.approx(logprobs[chosen], abs=2e-4)
             top = np.sort(logprobs)[::-1][:5]
-            np.testing.assert_allclose(np.asarray(detail.top), top, atol=2e-4)
-            assert np.asarray(detail.top_ids).tolist()[0] == int(np.argmax(logprobs))
+            np.testing.assert_allclose([entry.logprob for entry in told.top], top, atol=2e-4)
+            assert told.top[0].token_id == int(np.argmax(logprobs))
             generated[i].append(chosen)
 
 
@@ -216,3 +217,42 @@ def test_what_is_kept_does_not_depend_on_how_many_are_looked_at(
     assert abs(len(kept) - len(expected)) <= (1 if top_p < 1.0 else 0)
     shared = min(len(kept), len(expected))
     np.testing.assert_array_equal(shifted[kept[:shared]], shifted[expected[:shared]])
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_penalties_go_with_their_rows(on_host: bool) -> None:
+    """Rows join and leave, and other samplers take them over, without what they look back at being lost."""
+    settings = [
+        SamplingParams(temperature=0.0, repetition_penalty=1.8, repetition_context=4),
+        SamplingParams(temperature=0.0, repetition_penalty=1.5, repetition_context=-1, logit_bias={7: 0.5}),
+        SamplingParams(temperature=0.0, presence_penalty=1.0, frequency_penalty=0.8),
+        SamplingParams(temperature=0.0),
+    ]
+    prompts = [[3, 9, 9, 1, 4], [2], [5, 6], [8]]
+    generator = np.random.default_rng(0)
+    logits = generator.standard_normal((12, len(settings), VOCAB)).astype(np.float32)
+
+    def run(groups: list[list[int]]) -> list[list[int]]:
+        rows = [
+            RowSampler(row, prompt, (), top_logprobs=None, seed=0, vocab_size=VOCAB)
+            for row, prompt in zip(settings, prompts, strict=True)
+        ]
+        fed = [prompt[-1] for prompt in prompts]
+        said: list[list[int]] = [[] for _ in rows]
+        for step, at_once in enumerate(logits):
+            sampler = BatchSampler(on_host=on_host)
+            rest = [i for i in range(len(rows)) if i not in groups[step % len(groups)]]
+            for group in (groups[step % len(groups)], rest):
+                if not group:
+                    continue
+                made, _ = sampler.sample(
+                    [rows[i] for i in group], mx.array([fed[i] for i in group]), mx.array(at_once[group])
+                )
+                for i, token in zip(group, made.tolist(), strict=True):
+                    fed[i] = token
+                    said[i].append(token)
+        return said
+
+    together = run([[0, 1, 2, 3]])
+    assert run([[0, 3], [2, 1, 0, 3], [1], [3, 2, 0]]) == together
+    assert len({tuple(one) for one in together}) == len(settings)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import mlx_lm
+import numpy as np
 import pytest
+from mlx_lm.utils import dequantize_model
 
 from osaurus_grpc.engine.engine import Engine
 from osaurus_grpc.engine.types import GenerationRequest, SamplingParams
 from osaurus_grpc.models.catalog import Catalog
+from osaurus_grpc.models.platform import mx
 from osaurus_grpc.models.residency import LoadedModel, Residency
 
-from .conftest import answer
+from .conftest import answer, collect
+from .test_prompt_scores import log_softmax, require_scores, scored
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -39,24 +46,49 @@ def asked(model: LoadedModel, question: str, number: int) -> GenerationRequest:
     return GenerationRequest(str(number), model.entry.id, tuple(prompt), 16, sampling)
 
 
-@pytest.mark.smollm
-@pytest.mark.parametrize("prompt_cache_bytes", [0, 2**28])
-async def test_eight_together_say_what_each_says_alone(smollm_dir: Path, prompt_cache_bytes: int) -> None:
+@asynccontextmanager
+async def smollm(smollm_dir: Path, **settings: int) -> AsyncIterator[tuple[Engine, LoadedModel]]:
     engine = Engine(
-        max_batch_size=8,
-        max_waiting_requests=8,
-        prefill_chunk_tokens=512,
-        prompt_cache_bytes=prompt_cache_bytes,
+        **{"max_batch_size": 8, "max_waiting_requests": 8, "prefill_chunk_tokens": 512, **settings}
     )
     await engine.start()
     models = Residency(engine, max_loaded_models=1, keep_alive_seconds=-1, dtype="auto")
     try:
         async with models.lease(Catalog(smollm_dir).find("smollm2-135m-instruct")) as lease:
-            requests = [asked(lease.model, question, i) for i, question in enumerate(QUESTIONS)]
-            alone = [await answer(engine, one) for one in requests]
-            together = await asyncio.gather(*(answer(engine, one) for one in requests))
-            assert together == alone
-            assert "Paris" in lease.model.tokenizer.decode(alone[0])
+            yield engine, lease.model
     finally:
         await models.close()
         await engine.stop()
+
+
+@pytest.mark.smollm
+@pytest.mark.timeout(900)  # 150 steps of a real model, each through all of its weights
+async def test_eight_together_say_what_each_says_alone(smollm_dir: Path) -> None:
+    """Without kept caches, with caches that are kept meanwhile, and with those of the same prompts."""
+    async with smollm(smollm_dir, prompt_cache_bytes=0) as (engine, model):
+        requests = [asked(model, question, i) for i, question in enumerate(QUESTIONS)]
+        alone = [await answer(engine, one) for one in requests]
+        assert await asyncio.gather(*(answer(engine, one) for one in requests)) == alone
+        assert "Paris" in model.tokenizer.decode(alone[0])
+    async with smollm(smollm_dir, prompt_cache_bytes=2**28) as (engine, model):
+        for _ in range(2):
+            assert await asyncio.gather(*(answer(engine, one) for one in requests)) == alone
+        assert await answer(engine, requests[0]) == alone[0]
+
+
+@pytest.mark.smollm
+async def test_a_prompt_is_scored_as_by_mlx_lm(smollm_dir: Path) -> None:
+    """Against mlx-lm's model called on the whole prompt, and log-softmax in float64."""
+    text = "The quick brown fox jumps over the lazy dog. The capital of France is Paris, not Lyon. " * 4
+    async with smollm(smollm_dir, max_batch_size=2, prefill_chunk_tokens=64) as (engine, model):
+        prompt = tuple(model.tokenizer.encode(text))
+        asked = GenerationRequest("1", model.entry.id, prompt, 0, SamplingParams(), prompt_logprobs=5)
+        tokens = scored(await collect(engine, asked))
+
+        def forward() -> np.ndarray:
+            reference, _ = mlx_lm.load(str(smollm_dir / "smollm2-135m-instruct"))
+            reference.set_dtype(mx.float32)
+            reference = dequantize_model(reference)
+            return log_softmax(reference(mx.array([prompt]))[0])
+
+        require_scores(tokens, prompt, await engine.call(forward), 5)

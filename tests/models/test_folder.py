@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
 from osaurus_grpc.errors import (
+    DiskFullError,
     InvalidRequestError,
     ModelBusyError,
     ModelExistsError,
@@ -140,6 +142,20 @@ def test_a_full_disk_during_a_conversion(models_dir: Path, tmp_path: Path) -> No
     assert output.startswith("DiskFullError")
     assert leftovers(models_dir) == []
     assert fetch_quietly(gguf, models_dir).exists()
+
+
+def test_a_disk_that_is_full_from_the_start(
+    models_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another_disk(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr("osaurus_grpc.models.sources.folder.os.link", another_disk)
+    usage = type("Usage", (), {"free": 0})
+    monkeypatch.setattr("osaurus_grpc.models.sources.disk.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(DiskFullError, match=r"needs [1-9]\d* bytes on the disk .* 0 bytes are free\."):
+        fetch_quietly(write_model(tmp_path / "source"), models_dir)
+    assert leftovers(models_dir) == []
 
 
 def test_staging_of_the_dead_is_cleared_by_the_next_fetch(models_dir: Path, tmp_path: Path) -> None:

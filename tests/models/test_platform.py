@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from dataclasses import replace
 
 import pytest
@@ -51,3 +53,12 @@ def test_what_a_device_holds_already_is_not_offered_again(monkeypatch):
     assert platform.memory_bytes() == 4 * GIB
     monkeypatch.setattr(mx, "get_active_memory", lambda: 25 * GIB)
     assert platform.memory_bytes() == 0
+
+
+def test_transformers_finds_all_it_has_although_it_looks_once():
+    names = importlib.import_module("transformers.utils.import_utils")
+    package = sys.modules["transformers.models"]
+    found = names.define_import_structure(package.__file__)
+
+    assert names.create_import_structure_from_path.__module__ == names.__name__
+    assert set(package.__all__) >= {name for part in found.values() for name in set().union(*part.values())}

@@ -294,6 +294,6 @@ def test_too_little_room_is_noticed_before_downloading(
     usage = type("Usage", (), {"free": 1000})
     # A nearly full disk cannot be had here; only what the system says of it is replaced.
     monkeypatch.setattr("osaurus_grpc.models.sources.disk.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(DiskFullError, match="MB are free"):
+    with pytest.raises(DiskFullError, match="1000 bytes are free"):
         fetch_quietly("in-parts", models_dir)
     assert index.paths == []

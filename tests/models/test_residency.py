@@ -14,9 +14,16 @@ import pytest
 
 from osaurus_grpc.engine.engine import Engine
 from osaurus_grpc.engine.types import GenerationFinished, GenerationRequest, SamplingParams
-from osaurus_grpc.errors import DrainingError, InsufficientMemoryError, ModelUnusableError
+from osaurus_grpc.errors import (
+    DrainingError,
+    InsufficientMemoryError,
+    ModelNotFoundError,
+    ModelUnusableError,
+)
 from osaurus_grpc.models.catalog import Catalog, ModelEntry
 from osaurus_grpc.models.residency import Lease, LoadedModel, ResidenceState, Residency
+from tests.harness.tiny import HIDDEN
+from tests.harness.tiny_tokenizer import VOCABULARY
 
 
 @asynccontextmanager
@@ -54,7 +61,7 @@ async def generate(engine: Engine, model: LoadedModel) -> None:
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110  (unloading has no event for a test to wait on)
             await asyncio.sleep(0.01)
 
@@ -65,13 +72,13 @@ async def test_a_load_in_progress_is_shared(entry):
         assert len({id(lease.model) for lease in leases}) == 1
         assert all(lease.load_seconds > 0 for lease in leases)
         assert models.residence(entry.id).state is ResidenceState.LOADED
-        assert models.residence(entry.id).resident_bytes > 3_000_000 * 4
+        assert models.residence(entry.id).resident_bytes > VOCABULARY * HIDDEN * 4
         async with models.lease(entry) as again:
             assert again.load_seconds == 0.0
             assert again.model is leases[0].model
             await generate(engine, again.model)
         assert again.model.context_length == 2048
-        assert again.model.vocab_size == 49152
+        assert again.model.vocab_size == VOCABULARY
         assert again.model.fingerprint.startswith("fp_")
         end = again.model.tokenizer.convert_tokens_to_ids("<|im_end|>")
         assert end in again.model.eos_token_ids
@@ -316,7 +323,8 @@ def another_vocabulary(folder: Path) -> None:
     """One more token in a model's tokenizer."""
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
-    token = {**tokenizer["added_tokens"][-1], "id": 49_152, "content": "<|another|>"}
+    first_free = 1 + max(tokenizer["model"]["vocab"].values())
+    token = {**tokenizer["added_tokens"][-1], "id": first_free, "content": "<|another|>"}
     tokenizer["added_tokens"].append(token)
     path.write_text(json.dumps(tokenizer))
 
@@ -337,15 +345,26 @@ async def test_a_draft_model_stays_as_long_as_a_model_it_drafts_for(tiny_dir, tm
         assert models.residence(draft.id).state is ResidenceState.AVAILABLE
 
 
-async def test_a_draft_model_of_another_vocabulary_is_refused(tiny_dir, tmp_path):
-    first, draft = copies(tiny_dir, tmp_path, "a", "draft")
-    another_vocabulary(tmp_path / "draft")
+async def test_a_model_of_another_vocabulary_runs_without_the_draft_model(tiny_dir, tmp_path, caplog):
+    first, second, draft = copies(tiny_dir, tmp_path, "a", "b", "draft")
+    another_vocabulary(tmp_path / "a")
     async with drafting(tmp_path, "draft") as (engine, models):
-        with pytest.raises(ModelUnusableError, match="'draft' has another vocabulary"):
-            await models.load(first)
-        assert models.residence(first.id).state is ResidenceState.AVAILABLE
+        await models.load_draft()
+        await generate(engine, (await models.load(first)).model)
+        assert models.residence(first.id).draft_id == ""
+        assert caplog.text.count("event=draft_unused reason=another_vocabulary model=a draft=draft") == 1
         assert await models.unload(draft.id), "nobody holds it any more"
-        await generate(engine, (await models.load(draft)).model)
+        await generate(engine, (await models.load(second)).model)
+        assert models.residence(second.id).draft_id == "draft"
+
+
+async def test_a_draft_model_that_went_away_is_done_without(tiny_dir, tmp_path, caplog):
+    (first,) = copies(tiny_dir, tmp_path, "a")
+    async with drafting(tmp_path, "draft") as (engine, models):
+        await generate(engine, (await models.load(first)).model)
+        assert "event=draft_unused reason=model_not_found model=a" in caplog.text
+        with pytest.raises(ModelNotFoundError):
+            await models.load_draft()
 
 
 async def test_closing_unloads_a_draft_model_too(tiny_dir, tmp_path):

@@ -72,4 +72,6 @@ def ensure_free(folder: Path, needed_bytes: int, model: str) -> None:
 
 
 def _gigabytes(count: int) -> str:
+    if count < 1e5:
+        return f"{count} bytes"
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -59,8 +59,8 @@ def parse(name: str) -> Reference:
     if "/" in name:
         return Reference(name, HubSource(name))
     raise SourceUnavailableError(
-        f"No model is known by the short name {name}. Other models are named ORG/NAME, as on the Hugging "
-        "Face hub, or by the path of a folder or .gguf file."
+        f"No model is known by the short name {name}; `osaurus pull --help` lists those that are. Other "
+        "models are named ORG/NAME, as on the Hugging Face hub, or by the path of a folder or .gguf file."
     )
 
 

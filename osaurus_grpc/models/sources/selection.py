@@ -9,7 +9,7 @@ from osaurus_grpc.models.inspection import POOLING_FILE, is_pickle, is_weights
 _NEEDED = re.compile(
     r"""config.*\.json | generation_config\.json | model\.safetensors\.index\.json
     | .*token.*\.json | special_tokens_map\.json | vocab\.json | tekken\.json | chat_template.*\.json
-    | (pre)?processor_config\.json | .*\.jinja
+    | (video_)?(pre)?processor_config\.json | .*\.jinja
     | vocab\.txt | merges\.txt | .*\.tiktoken | (tokenizer|spiece|tiktoken|sentencepiece\.bpe)\.model
     | (LICEN[CS]E|NOTICE|USE_POLICY).*""",
     re.VERBOSE,
