@@ -35,6 +35,7 @@ class Abilities:
         results: The results of calls.
         many_calls: Several calls in one turn.
         system: A system message.
+        undescribed: Tools whose arguments have no description.
     """
 
     tools: bool
@@ -42,24 +43,26 @@ class Abilities:
     results: bool
     many_calls: bool
     system: bool
+    undescribed: bool = True
 
 
-_known: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, Abilities]] = WeakKeyDictionary()
+# By tokenizer and template: a model may have one template for conversations with tools and one without.
+_known: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, Abilities]] = WeakKeyDictionary()
 
 
 def abilities_of(tokenizer: PreTrainedTokenizerBase, template: str) -> Abilities:
     """What a template shows; found out once for a tokenizer, in some milliseconds."""
-    known = _known.get(tokenizer)
-    if known is None or known[0] != template:
-        known = _known[tokenizer] = (template, _probe(tokenizer, template))
-    return known[1]
+    known = _known.setdefault(tokenizer, {})
+    if template not in known:
+        known[template] = _probe(tokenizer, template)
+    return known[template]
 
 
 def _probe(tokenizer: PreTrainedTokenizerBase, template: str) -> Abilities:
     apply_chat_template = cast("Callable[..., str]", tokenizer.apply_chat_template)
 
-    def shows(messages: Sequence[JSON], *texts: str, with_tools: bool = True) -> bool:
-        tools = {"tools": [_tool()]} if with_tools else {}
+    def shows(messages: Sequence[JSON], *texts: str, with_tools: bool = True, tool: JSON = None) -> bool:
+        tools = {"tools": [tool or _tool()]} if with_tools else {}
         try:
             rendered = apply_chat_template(
                 messages, chat_template=template, tokenize=False, add_generation_prompt=True, **tools
@@ -75,25 +78,29 @@ def _probe(tokenizer: PreTrainedTokenizerBase, template: str) -> Abilities:
         )
 
     ask: JSON = {"role": "user", "content": _ASKED}
-    if not shows([ask], _ASKED, with_tools=False):
-        # It does not do what templates do, so that trying tells nothing.
+    if not shows([ask], _ASKED, with_tools=False) and not shows([ask], _ASKED):
+        # It does not do what templates do, so that trying tells nothing, unless it fails on tools.
         has_calls = "tool_calls" in template
-        return Abilities(
-            tools="tools" in template, calls=has_calls, results=True, many_calls=True, system=True
-        )
+        has_tools = "tools" in template and shows([ask])
+        return Abilities(tools=has_tools, calls=has_calls, results=True, many_calls=True, system=True)
     return Abilities(
         tools=shows([ask], _TOOL, _ASKED),
         calls=shows_calls([_VALUE], [_RESULT], _ASKED, _VALUE),
         results=shows_calls([_VALUE], [_RESULT], _ASKED, _RESULT),
         many_calls=shows_calls([_VALUE, _OTHER_VALUE], [_RESULT, _OTHER_RESULT], _VALUE, _OTHER_VALUE),
-        system=shows([{"role": "system", "content": _SYSTEM}, ask], _SYSTEM, _ASKED, with_tools=False),
+        system=any(
+            shows([{"role": "system", "content": _SYSTEM}, ask], _SYSTEM, _ASKED, with_tools=with_tools)
+            for with_tools in (False, True)
+        ),
+        # Command R+'s needs a description, Functionary's and others do not.
+        undescribed=shows([ask], _TOOL, tool=_tool(key={"type": "string"})) or not shows([ask], _TOOL),
     )
 
 
-def _tool() -> JSON:
+def _tool(**properties: JSON) -> JSON:
     parameters: JSON = {
         "type": "object",
-        "properties": {"key": {"type": "string", "description": "d"}},
+        "properties": properties or {"key": {"type": "string", "description": "d"}},
         "required": ["key"],
     }
     return {"type": "function", "function": {"name": _TOOL, "description": "d", "parameters": parameters}}

@@ -78,6 +78,10 @@ class Assembler:
         self._silent_count = 0
         self._starts: deque[int] = deque()
         self._decoded_length = 0
+        # Tokens whose text is out, and how many came before the reasoning that goes on.
+        self._out_count = 0
+        self._before_reasoning: int | None = None
+        self._reasoning_count = 0
         # Where the content begins that the matcher holds back.
         self._held_start = 0
         self._is_holding = False
@@ -86,6 +90,17 @@ class Assembler:
     def is_finished(self) -> bool:
         """Whether AnswerFinished is out."""
         return self._is_finished
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Tokens between the marks around reasoning, white space included, the marks themselves not.
+
+        A token that holds the end of a mark and more is the mark's where it opens, and the reasoning's
+        where it closes.
+        """
+        if self._before_reasoning is None:
+            return self._reasoning_count
+        return self._reasoning_count + self._out_count + len(self._starts) - self._before_reasoning
 
     def feed(self, token_ids: Sequence[int]) -> list[AnswerEvent]:
         """Takes generated tokens, the end-of-sequence token not among them.
@@ -195,6 +210,12 @@ class Assembler:
 
     def _other(self, piece: Piece, events: list[AnswerDelta]) -> None:
         match piece.kind:
+            case PieceKind.REASONING_BEGIN:
+                self._before_reasoning = self._tokens_before(piece.start)
+            case PieceKind.REASONING_END:
+                if self._before_reasoning is not None:
+                    self._reasoning_count += self._tokens_before(piece.start) - self._before_reasoning
+                    self._before_reasoning = None
             case PieceKind.REASONING:
                 events.append(ReasoningDelta(piece.text, self._count(piece.end)))
             case PieceKind.CALL_NAME:
@@ -218,7 +239,12 @@ class Assembler:
         while self._starts and self._starts[0] < end:
             self._starts.popleft()
             count += 1
+        self._out_count += count
         return count
+
+    def _tokens_before(self, place: int) -> int:
+        """Tokens whose text begins before a place that nothing is out of behind."""
+        return self._out_count + sum(start < place for start in self._starts)
 
 
 def _merged(events: Sequence[AnswerDelta]) -> list[AnswerDelta]:

@@ -87,6 +87,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
     return _vocabulary(tokenizer)[token_id]
 
 
+def every_token_bytes(tokenizer: PreTrainedTokenizerBase, count: int) -> list[bytes]:
+    """token_bytes() of all ids below a count, at once."""
+    vocabulary = _vocabulary(tokenizer)
+    return [vocabulary[token_id] for token_id in range(count)]
+
+
 def concatenates(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a text is its tokens' own bytes one after the other, but for a space at its start."""
     return _vocabulary(tokenizer).kind not in (_PieceKind.WORD_PIECE, _PieceKind.DECODED)
@@ -315,12 +321,15 @@ def byte_level_alphabet() -> dict[str, int]:
     return alphabet
 
 
-_BYTE_LEVEL = byte_level_alphabet()
+# From stand-ins to the characters of latin-1 that have their bytes; others that are in latin-1 leave it.
+_BYTE_LEVEL = dict.fromkeys(range(256), "\uffff") | {
+    ord(char): chr(byte) for char, byte in byte_level_alphabet().items()
+}
 
 
 def _byte_level_bytes(piece: str) -> bytes:
     """As the library's decoder has it: a piece with any other character is text, not stand-ins."""
     try:
-        return bytes([_BYTE_LEVEL[char] for char in piece])
-    except KeyError:
+        return piece.translate(_BYTE_LEVEL).encode("latin-1")
+    except UnicodeEncodeError:
         return piece.encode()

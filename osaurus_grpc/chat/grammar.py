@@ -2,7 +2,9 @@
 
 Compiling is the library's (llguidance, https://github.com/guidance-ai/llguidance), whose Rust code
 needs no GIL. Its limits are what bounds a hostile grammar: the work of compiling one, the work of a
-step, and the memory of its automaton.
+step, and the memory of its automaton. They do not bound its recursion, which goes as deep as one rule
+refers to the next and would overflow a usual stack, and with it end the process: hence the threads'
+large ones.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import asyncio
 import json
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -20,18 +21,19 @@ import llguidance
 import numpy as np
 
 from osaurus_grpc.chat import schema
+from osaurus_grpc.chat.compiling import CompilingThreads
 from osaurus_grpc.chat.constraint import GrammarConstraint, Trigger
-from osaurus_grpc.chat.schema_errors import first_line, raise_for
+from osaurus_grpc.chat.schema_errors import plain_reason, raise_for
 from osaurus_grpc.chat.vocabulary import TokenizedModel, Vocabulary
-from osaurus_grpc.errors import InvalidRequestError, OverloadedError
+from osaurus_grpc.errors import InvalidRequestError
 
 __all__ = ["Grammar", "GrammarConstraint", "Grammars", "TokenizedModel", "Trigger"]
 
 MAX_GRAMMAR_CHARACTERS: Final = 262_144
 MAX_REGEX_CHARACTERS: Final = 16_384
+# For the reason of schema_bounds.MAX_MEETINGS; characters of texts are counted with the operators.
+MAX_INTERSECTIONS: Final = 16
 
-_THREADS: Final = 2
-_MAX_COMPILING: Final = 64
 _MAX_ENTRIES: Final = 256
 _MAX_KEPT_CHARACTERS: Final = 4_194_304
 _PROBED_STEPS: Final = 8
@@ -42,8 +44,8 @@ def _limits() -> llguidance.LLParserLimits:
     """Bounds of a grammar's work and memory; see the tests of hostile grammars for what they let through."""
     return llguidance.LLParserLimits(
         initial_lexer_fuel=1_000_000,
-        step_lexer_fuel=200_000,
-        step_max_items=50_000,
+        step_lexer_fuel=60_000,
+        step_max_items=30_000,
         max_items_in_row=2_000,
         max_lexer_states=50_000,
         max_grammar_size=500_000,
@@ -90,12 +92,11 @@ class Grammars:
     """Compiles grammars and keeps those last used. One a process, used on its event loop."""
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
+        self._threads = CompilingThreads()
         self._vocabularies: WeakKeyDictionary[Any, asyncio.Future[Vocabulary]] = WeakKeyDictionary()
         self._compiled: WeakKeyDictionary[Any, OrderedDict[_Source, asyncio.Future[Grammar]]] = (
             WeakKeyDictionary()
         )
-        self._compiling = 0
 
     async def json_schema(
         self, model: TokenizedModel, text: str, *, strict: bool = False, field: str = "schema_json"
@@ -111,7 +112,7 @@ class Grammars:
         Raises:
             InvalidRequestError: The schema is none, or it cannot be enforced.
             CapabilityError: Nothing can be enforced on this model's tokens.
-            OverloadedError: Too many grammars are being compiled.
+            OverloadedError: Too many grammars are being compiled, or waiting for it took too long.
         """
 
         def work(vocabulary: Vocabulary) -> llguidance.LLMatcher:
@@ -172,11 +173,11 @@ class Grammars:
                 prepared = schema.prepared('{"type":"object"}', strict=False, field=field)
             return prepared
 
-        return str(await self._run(work))
+        return await self._threads.run(work, size=len(text))
 
     def close(self) -> None:
         """End the compiling threads; what is being compiled is not waited for."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
     async def _grammar(
         self, model: TokenizedModel, source: _Source, work: Callable[[Vocabulary], llguidance.LLMatcher]
@@ -188,7 +189,7 @@ class Grammars:
         else:
 
             async def compiled() -> Grammar:
-                matcher = await self._run(lambda: work(vocabulary))
+                matcher = await self._threads.run(lambda: work(vocabulary), size=len(source.text))
                 return Grammar(vocabulary, matcher, source.field)
 
             compiling = kept[source] = asyncio.ensure_future(compiled())
@@ -206,23 +207,13 @@ class Grammars:
     async def _vocabulary(self, model: TokenizedModel) -> Vocabulary:
         building = self._vocabularies.get(model.tokenizer)
         if building is None:
-            building = asyncio.ensure_future(self._run(lambda: Vocabulary(model)))
+            building = asyncio.ensure_future(self._threads.run(lambda: Vocabulary(model), size=0))
             self._vocabularies[model.tokenizer] = building
         try:
             return await asyncio.shield(building)
         finally:
             if _has_failed(building):
                 self._vocabularies.pop(model.tokenizer, None)
-
-    async def _run(self, work: Callable[[], Any]) -> Any:
-        """Do something in a compiling thread."""
-        if self._compiling >= _MAX_COMPILING:
-            raise OverloadedError("Too many grammars are being compiled.", retry_after_seconds=1.0)
-        self._compiling += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, work)
-        finally:
-            self._compiling -= 1
 
 
 def _has_failed(work: asyncio.Future[Any]) -> bool:
@@ -242,6 +233,7 @@ def _with_schemas(text: str, field: str) -> str:
     """A Lark grammar with its embedded schemas in the form that schema.prepared() gives them."""
     first, *rest = text.split(_JSON_DIRECTIVE)
     parts = [first]
+    intersections = first.count("&")
     for part in rest:
         start = len(part) - len(part.lstrip())
         try:
@@ -252,6 +244,11 @@ def _with_schemas(text: str, field: str) -> str:
             ) from None
         parts += [f"{_JSON_DIRECTIVE} ", schema.prepared(part[start:end], strict=False, field=field)]
         parts.append(part[end:])
+        intersections += part.count("&", end)
+    if intersections > MAX_INTERSECTIONS:
+        raise InvalidRequestError(
+            f'{field} must have at most {MAX_INTERSECTIONS} "&" outside of schemas.', field=field
+        )
     return "".join(parts)
 
 
@@ -263,7 +260,7 @@ def _reason(grammar: str) -> str:
 def _compile(vocabulary: Vocabulary, grammar: str, field: str) -> llguidance.LLMatcher:
     matcher = llguidance.LLMatcher(vocabulary.tokens, grammar, log_level=0, limits=_limits())
     if matcher.is_error():
-        reason = first_line(matcher.get_error())
+        reason = plain_reason(matcher.get_error())
         raise InvalidRequestError(f"{field} cannot be enforced: {reason}", field=field)
     _probe(vocabulary, matcher.deep_copy(), field)
     return matcher
@@ -281,10 +278,7 @@ def _probe(vocabulary: Vocabulary, matcher: llguidance.LLMatcher, field: str) ->
                 f"{field} cannot be enforced: it admits nothing, or following it takes too much work.",
                 field=field,
             )
-        forced = matcher.compute_ff_tokens()
-        if not forced:
-            choices = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
-            forced = [int(choices[0])] if len(choices) == 1 else []
-        if not forced or matcher.is_stopped():
+        choices = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+        if len(choices) > 1 or matcher.is_stopped():
             return
-        matcher.consume_tokens(forced)
+        matcher.consume_token(int(choices[0]))

@@ -23,10 +23,16 @@ class ThinkMarks:
     Attributes:
         open: Before it. "" where only the template writes one, as a part of the prompt.
         close: Behind it.
+        answer: Marks around the answer that follows reasoning, empty if there are none.
+        parts: Marks around the parts of every answer, which are no part of it.
+        signs: What a template holds that writes the marks piece by piece, empty if none does.
     """
 
     open: str
     close: str
+    answer: tuple[str, str] = ("", "")
+    parts: tuple[str, ...] = ()
+    signs: tuple[str, ...] = ()
 
 
 # Harmony's messages carry a channel each; the marks are those that begin and end an analysis.
@@ -38,12 +44,18 @@ _KNOWN = (
     ThinkMarks("<seed:think>", "</seed:think>"),  # Seed-OSS
     ThinkMarks("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
     ThinkMarks("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
-    ThinkMarks("<|open|>think<|sep|>", "<|close|>think<|sep|>"),  # Kimi K3
+    ThinkMarks(  # Kimi K3
+        "<|open|>think<|sep|>",
+        "<|close|>think<|sep|>",
+        parts=("<|open|>response<|sep|>", "<|close|>response<|sep|>", "<|close|>message<|sep|>"),
+        signs=("<|open|>", "<|close|>", "<|sep|>", "close_tag('think')"),
+    ),
     ThinkMarks("<longcat_think>", "</longcat_think>"),
     ThinkMarks("<|think:start|>", "<|think:end|>"),
-    ThinkMarks("<think:opensource>", "</think:opensource>"),  # Hunyuan 3
+    ThinkMarks("<think:opensource>", "</think:opensource>", signs=("</think{}>",)),  # Hunyuan 3
     ThinkMarks("<mm:think>", "</mm:think>"),  # MiniMax M3
     ThinkMarks("", "[BEGIN FINAL RESPONSE]"),  # Apriel
+    ThinkMarks("<think>", "</think>", ("<response>", "</response>")),  # Granite 3
     ThinkMarks("<think>", "</think>"),  # Qwen, DeepSeek, GLM, Kimi K2, MiniMax M2, Nemotron and others
 )
 
@@ -73,7 +85,11 @@ def _detect(tokenizer: PreTrainedTokenizerBase, template: str) -> ThinkMarks | N
     if is_harmony(tokenizer):
         return HARMONY
     for marks in _KNOWN:
-        if marks.close in template and (marks.open or "reasoning" in template):
+        is_named = marks.close in template
+        is_named = is_named or (bool(marks.signs) and all(sign in template for sign in marks.signs))
+        # A template that tells the model of them names them together.
+        is_named = is_named and "".join(marks.answer) in template
+        if is_named and (marks.open or "reasoning" in template):
             return marks
     vocabulary = tokenizer.added_tokens_encoder
     return next((marks for marks in _KNOWN if marks.open in vocabulary and marks.close in vocabulary), None)

@@ -30,10 +30,20 @@ answer in plain text."""
 _EXAMPLE: Final = ToolCall("call00000", "FUNCTION", '{"ARGUMENT": "VALUE"}')
 
 
-def tool_json(tool: ToolSpec) -> JSON:
-    """A tool in the form of OpenAI's API, which templates expect."""
+def tool_json(tool: ToolSpec, *, describes: bool = False) -> JSON:
+    """A tool in the form of OpenAI's API, which templates expect.
+
+    Args:
+        tool: The tool.
+        describes: Arguments without a description get an empty one.
+    """
     function: dict[str, JSON] = {"name": tool.name, "description": tool.description}
-    function["parameters"] = json.loads(tool.parameters_json or '{"type": "object", "properties": {}}')
+    parameters = json.loads(tool.parameters_json or '{"type": "object", "properties": {}}')
+    if describes and isinstance(parameters.get("properties"), dict):
+        for schema in parameters["properties"].values():
+            if isinstance(schema, dict):
+                schema.setdefault("description", "")
+    function["parameters"] = parameters
     return {"type": "function", "function": function}
 
 
@@ -94,12 +104,16 @@ def replayed(
     """
     turns = matched(messages)
     is_native = abilities.tools and syntax.is_native
+    # A template that shows tools and calls in a form that is not known is given neither: the model is to
+    # see calls as it is asked to write them.
+    shows_calls = abilities.calls and (syntax.is_native or not abilities.tools)
+    shows_calls = shows_calls and not syntax.is_shown_as_text
     # A template that passes any role through and knows of no tools has no place for results.
-    shows_results = abilities.results and (is_native or abilities.calls)
+    shows_results = abilities.results and (is_native or shows_calls)
     if any(turn.role is Role.TOOL for turn in turns) and not shows_results:
         turns = list(_results_by_user(turns))
     if any(turn.tool_calls for turn in turns):
-        if not abilities.calls:
+        if not shows_calls:
             turns = [_with_calls_as_text(turn, syntax) for turn in turns]
         elif not abilities.many_calls:
             turns = list(_one_call_a_turn(turns))
@@ -107,7 +121,8 @@ def replayed(
         turns = _with_system(turns, instructions(tools, syntax))
     if not abilities.system:
         turns = _without_system(turns)
-    return Replay(turns, [tool_json(tool) for tool in tools] if is_native else [])
+    shown = [tool_json(tool, describes=not abilities.undescribed) for tool in tools] if is_native else []
+    return Replay(turns, shown)
 
 
 def instructions(tools: Iterable[ToolSpec], syntax: CallSyntax) -> Spliced:

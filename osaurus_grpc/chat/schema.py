@@ -23,6 +23,7 @@ from decimal import Decimal
 from typing import Any, Final, Never
 from urllib.parse import unquote
 
+from osaurus_grpc.chat import schema_bounds
 from osaurus_grpc.chat.formats import FORMATS
 from osaurus_grpc.errors import InvalidRequestError
 
@@ -93,19 +94,30 @@ def prepared(text: str, *, strict: bool, field: str, lenient: bool = False) -> s
             f"{field} must have at most {MAX_SCHEMA_CHARACTERS} characters.", field=field
         )
     try:
-        root = json.loads(text, parse_constant=_refuse_constant)
-        text.encode()
-        json.dumps(root, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError):
+        root = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        json.dumps(root, ensure_ascii=False).encode()
+    except OverflowError:
+        raise InvalidRequestError(f"{field} holds too large a number to enforce.", field=field) from None
+    except RecursionError:
+        raise InvalidRequestError(f"{field} is nested too deeply.", field=field) from None
+    except ValueError:
         raise InvalidRequestError(f"{field} is not valid JSON.", field=field) from None
     if not isinstance(root, dict):
         raise InvalidRequestError(f"{field} must be a JSON object.", field=field)
     schema = _Rewriting(root, strict=strict, lenient=lenient, field=field).result()
+    schema_bounds.require_bounded(schema, field)
     return json.dumps({**schema, "x-guidance": _FORM}, ensure_ascii=False)
 
 
 def _refuse_constant(name: str) -> Never:
     raise ValueError(name)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise OverflowError(digits)
+    return value
 
 
 class _Rewriting:
@@ -125,6 +137,8 @@ class _Rewriting:
         # What was referred to: (pointer, alone) to its name, in the order of their discovery.
         self._names: dict[tuple[str, bool], str] = {}
         self._pending: list[tuple[str, bool]] = []
+        # Pointers that are known to lead to something else than a reference.
+        self._ending: set[str] = set()
 
     def result(self) -> Schema:
         """The rewritten schema.
@@ -173,6 +187,9 @@ class _Rewriting:
             raise InvalidRequestError(
                 f"{self._field}: {path} must be a schema: an object or a boolean.", field=self._field
             )
+        base = node.get("$id")
+        if path != "#" and isinstance(base, str) and not base.startswith("#") and _refers(node):
+            self._refuse("$id", f"{path}/$id", "cannot stand above a reference but at the schema's top.")
         node = self._simplified(node, path)
         asserting = {key for key in node if key in _FAMILIES or key in _APPLICATORS}
         out: Schema = {}
@@ -339,16 +356,18 @@ class _Rewriting:
 
     def _require_end(self, pointer: str, path: str) -> None:
         """Refuse references that go in a circle without saying anything."""
-        seen = {pointer}
-        node = self._resolve(pointer, path)
-        while isinstance(node, dict) and isinstance(following := node.get("$ref"), str):
-            following = following or "#"
-            if following in seen:
+        seen: set[str] = set()
+        # What was followed to its end once is not followed again: chains would take their length's square.
+        while pointer not in self._ending:
+            if pointer in seen:
                 self._refuse("$ref", path, "refers to itself.")
-            seen.add(following)
-            if not following.startswith("#"):
-                return
-            node = self._resolve(following, path)
+            seen.add(pointer)
+            node = self._resolve(pointer, path)
+            following = node.get("$ref") if isinstance(node, dict) else None
+            if not isinstance(following, str) or (following and not following.startswith("#")):
+                break
+            pointer = following or "#"
+        self._ending |= seen
 
     def _resolve(self, pointer: str, path: str = "") -> object:
         node: object = self._root
@@ -375,10 +394,13 @@ class _Rewriting:
         return True
 
     def _size(self, key: str, value: object, path: str) -> int:
-        is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if isinstance(value, bool) or not is_whole or not 0 <= value <= _MAX_COUNT:  # type: ignore[operator]  # a number, by the line above
+        # JSON has one kind of number: 3.0 is a whole one, true is none.
+        count = (
+            int(value) if isinstance(value, int) or (isinstance(value, float) and value.is_integer()) else -1
+        )
+        if isinstance(value, bool) or not 0 <= count <= _MAX_COUNT:
             self._refuse(key, path, f"must be a whole number from 0 to {_MAX_COUNT}.")
-        return int(value)  # type: ignore[call-overload,no-any-return]  # as above
+        return count
 
     def _bound(self, key: str, value: object, path: str) -> int | float:
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -439,6 +461,13 @@ def _escaped(name: str) -> str:
 def _renamed(node: Schema, old: str, new: str) -> Schema:
     """The same with a keyword under another name, in its place; one of that name is dropped."""
     return {new if key == old else key: value for key, value in node.items() if key != new or old not in node}
+
+
+def _refers(node: object) -> bool:
+    """Whether a reference stands in a schema; one in a constant counts, too."""
+    if isinstance(node, dict):
+        return isinstance(node.get("$ref"), str) or any(map(_refers, node.values()))
+    return isinstance(node, list) and any(map(_refers, node))
 
 
 def _is_single(value: object) -> bool:

@@ -7,23 +7,57 @@ which it is not.
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from osaurus_grpc.errors import InvalidRequestError
 
-# Each takes about as long as compiling the part that is tried.
+# Each takes about as long as compiling the part that is tried, so there is also a budget of CPU time.
 _MAX_TRIALS: Final = 100
+_MAX_CPU_SECONDS: Final = 0.3
 _MAX_REASON_CHARACTERS: Final = 200
 _SHARED: Final = ("$defs", "x-guidance")
 
 Schema = dict[str, Any]
 
 
-def first_line(reason: str) -> str:
-    """What a compiler's message says first, shortened; it speaks of what the client sent."""
+# What the library says, and what it means to somebody who has never heard of the library.
+_MEANINGS: Final[tuple[tuple[re.Pattern[str], str], ...]] = tuple(
+    (re.compile(pattern, re.MULTILINE), meaning)
+    for pattern, meaning in (
+        (r"^error: (.+)$", r"the expression is not understood: \1"),
+        (r"lookarounds not supported", "the expression has an anchor or a word boundary where none can be"),
+        (r"Unable to determine if regex is empty", "its expressions are too much work together"),
+        (
+            r"oneOf constraints are not supported",
+            "no type and no constant tells the alternatives apart; use anyOf",
+        ),
+        (r"Failed to generate regex for \w+ range", "the bounds are too large or too small numbers"),
+        (r"circular references", "it refers to itself beside other keywords"),
+        (r"Unsatisfiable schema: Regex is empty", "no text satisfies it"),
+        (r"Unsatisfiable schema: range \[.*\] does not contain a (.*)", r"no value in the range is a \1"),
+        (r"Unsatisfiable schema: (.*)", r"nothing satisfies it: \1"),
+        (r"too (?:large|big)|panic|lexer precomputation failed|too complex|fuel", "it is too large"),
+    )
+)
+
+
+def plain_reason(reason: str) -> str:
+    """What a compiler's message means, in a sentence; it speaks of what the client sent."""
+    for pattern, meaning in _MEANINGS:
+        if found := pattern.search(reason):
+            return _sentence(found.expand(meaning))
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    return lines[0][:_MAX_REASON_CHARACTERS] if lines else "unknown"
+    return _sentence(lines[0] if lines else "the reason is unknown")
+
+
+def _sentence(text: str) -> str:
+    """Shortened, and ended by a full stop."""
+    if len(text) > _MAX_REASON_CHARACTERS:
+        return f"{text[:_MAX_REASON_CHARACTERS]}…"
+    return f"{text.rstrip('.')}."
 
 
 def raise_for(prepared: str, reason_of: Callable[[str], str], field: str) -> None:
@@ -41,7 +75,7 @@ def raise_for(prepared: str, reason_of: Callable[[str], str], field: str) -> Non
     if found is not None:
         keyword, path, reason = found
         raise InvalidRequestError(
-            f'The schema\'s "{keyword}" at {path} cannot be enforced: {first_line(reason)}',
+            f'The schema\'s "{keyword}" at {path} cannot be enforced: {plain_reason(reason)}',
             field=field,
             metadata={"keyword": keyword, "path": path},
         )
@@ -52,6 +86,7 @@ class _Search:
         self._root = root
         self._reason_of = reason_of
         self._trials = 0
+        self._last = time.thread_time() + _MAX_CPU_SECONDS
 
     def culprit(self) -> tuple[str, str, str] | None:
         """Its keyword, its path, and what the library says of it."""
@@ -70,13 +105,21 @@ class _Search:
             (key for key in node if key not in _SHARED and key != "$comment"), key=lambda key: key == "type"
         ):
             rest = {key: value for key, value in node.items() if key != keyword}
-            if not self._reason(rest):
+            if not self._reason(rest) and not self._is_spent:
                 return keyword, f"{path}/{keyword}", reason
-        return None
+        if not self._is_spent:
+            return None
+        # What takes so long is large, and most likely where most is said.
+        longest = max((key for key in node if key not in _SHARED), key=lambda key: len(str(node[key])))
+        return longest, f"{path}/{longest}", reason
+
+    @property
+    def _is_spent(self) -> bool:
+        return self._trials > _MAX_TRIALS or time.thread_time() > self._last
 
     def _reason(self, part: Schema) -> str:
         self._trials += 1
-        if self._trials > _MAX_TRIALS:
+        if self._trials > 1 and self._is_spent:
             return ""
         shared = {key: self._root[key] for key in _SHARED if key in self._root}
         return self._reason_of(json.dumps({**part, **shared}, ensure_ascii=False))

@@ -43,12 +43,13 @@ class ChatStyle:
             tools: What may be called.
             streams_calls: As AnswerReader's.
         """
-        if self.marks is None and not tools:
+        is_addressed = bool(self.syntax.recipient)
+        if self.marks is None and not tools and not is_addressed:
             return None
         return AnswerReader(
             marks=self.marks,
             is_reasoning=is_reasoning,
-            syntax=self.syntax if tools else None,
+            syntax=self.syntax if tools or is_addressed else None,
             tools=ToolTable.of(tools),
             streams_calls=streams_calls,
         )

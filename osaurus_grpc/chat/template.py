@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, cast
 from jinja2 import TemplateError
 
 from osaurus_grpc.chat.abilities import abilities_of
+from osaurus_grpc.chat.content_parts import images_behind_results, needs_parts
 from osaurus_grpc.chat.control_tokens import Shield
+from osaurus_grpc.chat.reasoning_switch import reasoning_variables, switched
 from osaurus_grpc.chat.replay import replayed
 from osaurus_grpc.chat.style import ChatStyle, style_of
 from osaurus_grpc.chat.turns import Numbers, check_texts, is_deep, is_encodable, template_turns
@@ -137,9 +139,10 @@ def apply_template(
         raise CapabilityError(
             "The model has no chat template, so it cannot chat; use it for completions.", capability="chat"
         )
-    own = _reasoning_variables(template, reasoning_effort, reasoning_enabled)
+    own = reasoning_variables(template, reasoning_effort, reasoning_enabled)
     arguments = _checked_arguments(tokenizer, template_arguments or {})
     check_texts(messages)
+    messages = images_behind_results(switched(messages, template, own))
     abilities = abilities_of(tokenizer, template)
     has_tool_turns = any(message.tool_calls or message.role is Role.TOOL for message in messages)
     tool_variables: dict[str, JSON] = {}
@@ -175,12 +178,13 @@ def _is_rendered(
 def template_text(tokenizer: PreTrainedTokenizerBase, *, with_tools: bool = False) -> str:
     """The template that `render` uses; "" if there is none.
 
-    Of several named ones it is "tool_use" where there are tools, else "default", else the only one.
+    Of several named ones it is "tool_use" where there are tools and it shows them, else "default", else the
+    only one.
     """
     templates = tokenizer.chat_template
     if isinstance(templates, Mapping):
         named = {str(name): str(text) for name, text in templates.items()}
-        if with_tools and "tool_use" in named:
+        if with_tools and "tool_use" in named and abilities_of(tokenizer, named["tool_use"]).tools:
             return named["tool_use"]
         return named.get("default", next(iter(named.values())) if len(named) == 1 else "")
     return str(templates or "")
@@ -208,9 +212,10 @@ def _rendering(
     # transformers types this for training code; JSON is what it takes.
     apply_chat_template = cast("Callable[..., str]", tokenizer.apply_chat_template)
     failure = ""
+    as_parts = needs_parts(tokenizer, template)
     for as_objects, continues in _forms(messages):
         numbers = Numbers()
-        turns = template_turns(messages, template, as_objects=as_objects, numbers=numbers)
+        turns = template_turns(messages, template, as_objects=as_objects, numbers=numbers, as_parts=as_parts)
         shield = Shield(tokenizer, list(_strings([turns, variables])))
         try:
             rendered = apply_chat_template(
@@ -273,24 +278,6 @@ def _checked_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[st
     if not is_encodable(json.dumps(arguments, ensure_ascii=False)):
         raise InvalidRequestError("A text holds an unpaired surrogate.", field=_ARGUMENTS_FIELD)
     return dict(arguments)
-
-
-def _reasoning_variables(template: str, effort: str, enabled: bool | None) -> dict[str, JSON]:
-    """Variables by the names that templates use.
-
-    `enable_thinking` is Qwen's, GLM's and SmolLM's; `thinking` DeepSeek's, Granite's and Kimi's;
-    `reasoning_effort` gpt-oss's.
-    """
-    if enabled is None and effort:
-        enabled = effort != "none"
-    variables: dict[str, JSON] = {}
-    if enabled is not None:
-        variables = {"enable_thinking": enabled, "thinking": enabled}
-    if effort == "minimal" and "minimal" not in template:
-        effort = "low"
-    if effort and effort != "none":
-        variables["reasoning_effort"] = effort
-    return variables
 
 
 def _strings(value: JSON) -> Iterator[str]:

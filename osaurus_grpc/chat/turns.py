@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+from osaurus_grpc.chat.content_parts import parts_of
 from osaurus_grpc.chat.types import JSON, Message, Role, ToolCall
 from osaurus_grpc.errors import InvalidRequestError
 
@@ -65,7 +66,12 @@ class Numbers:
 
 
 def template_turns(
-    messages: Sequence[Message], template: str, *, as_objects: bool, numbers: Numbers | None = None
+    messages: Sequence[Message],
+    template: str,
+    *,
+    as_objects: bool,
+    numbers: Numbers | None = None,
+    as_parts: bool = False,
 ) -> list[JSON]:
     """The messages as templates expect them: dicts in the form of OpenAI's API.
 
@@ -74,6 +80,7 @@ def template_turns(
         template: The text of the template.
         as_objects: Whether arguments of calls are objects, where they can be, or JSON text.
         numbers: Keeps the form of numbers in objects.
+        as_parts: Whether all contents are lists, or only those with images.
     """
     numbers = numbers or Numbers()
     developer = Role.DEVELOPER if "developer" in template else Role.SYSTEM
@@ -88,6 +95,8 @@ def template_turns(
                 _call(call, numbers if as_objects else None, shortens_ids=shortens_ids)
                 for call in message.tool_calls
             ]
+        if as_parts or message.images:
+            turn["content"] = parts_of(message)
         turns.append(turn)
     return turns
 

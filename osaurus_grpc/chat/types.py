@@ -36,6 +36,22 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
+class Image:
+    """An image in a message.
+
+    Attributes:
+        data: The file.
+        text_behind: Characters of the message's content that stand behind it. Counted from the end, since
+            what must be said of tools and by whom is put before a content.
+        field: Where it is in the request.
+    """
+
+    data: bytes
+    text_behind: int
+    field: str
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation.
 
@@ -46,6 +62,7 @@ class Message:
         tool_calls: Calls made in this turn, by the assistant only.
         tool_call_id: On a tool result, the call it answers.
         reasoning: The assistant's reasoning before this turn, for templates that replay it.
+        images: Those in the content, in order.
     """
 
     role: Role
@@ -54,6 +71,7 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
     reasoning: str = ""
+    images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,13 @@ import llguidance
 import numpy as np
 import numpy.typing as npt
 
-from osaurus_grpc.chat.detokenize import concatenates, token_bytes
+from osaurus_grpc.chat.detokenize import concatenates, every_token_bytes
 from osaurus_grpc.errors import CapabilityError
 
 _WORD_BITS: Final = 32
 _ALL: Final = 0xFFFFFFFF
+# So much decides about a text's first token.
+_FORCED_CHARACTERS: Final = 256
 
 
 class TokenizedModel(Protocol):
@@ -51,19 +53,17 @@ class _TokenTable:
         self._backend = tokenizer.backend_tokenizer
         hidden = frozenset(special)
         # Of several tokens with the same bytes the first.
-        self._by_bytes = {
-            data: len(tokens) - 1 - i
-            for i, data in enumerate(reversed(tokens))
-            if data and len(tokens) - 1 - i not in hidden
-        }
+        backwards = zip(range(len(tokens) - 1, -1, -1), reversed(tokens), strict=True)
+        self._by_bytes = {data: token_id for token_id, data in backwards if data and token_id not in hidden}
         self._longest = max(map(len, self._by_bytes), default=0)
 
     def __call__(self, text: str) -> list[int]:
         """The library asks for the usual tokens of text that a grammar leaves no choice about.
 
         Their bytes must be the text's, which the tokenizer's own answer need not give: SentencePiece
-        puts a space at a text's start.
+        puts a space at a text's start. It asks anew at every step, and needs the first token only.
         """
+        text = text[:_FORCED_CHARACTERS]
         ids = list(self._backend.encode(text, add_special_tokens=False).ids)
         data = text.encode()
         return ids if b"".join(self.tokens[i] for i in ids) == data else self._greedy(data)
@@ -110,7 +110,7 @@ class Vocabulary:
         self.words = -(-self.vocab_size // _WORD_BITS)
         # Logits may be wider than the tokenizer, and are narrower where an added token has none.
         count = max(self.vocab_size, len(tokenizer))
-        self._bytes = [token_bytes(tokenizer, token_id) for token_id in range(count)]
+        self._bytes = every_token_bytes(tokenizer, count)
         special = [token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special]
         ends = sorted(end for end in model.eos_token_ids if 0 <= end < self.vocab_size)
         if not ends:

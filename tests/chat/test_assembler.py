@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from osaurus_grpc.chat import reasoning
 from osaurus_grpc.chat.assembler import Assembler
+from osaurus_grpc.chat.calls.answer import AnswerReader
 from osaurus_grpc.chat.detokenize import Detokenizer
 from osaurus_grpc.chat.types import AnswerEnd, AnswerEvent, AnswerFinished, TextDelta
 from tests.chat.test_stop import reference
@@ -108,3 +111,32 @@ def test_a_token_cut_by_a_stop_counts_where_its_beginning_is_out(tokenizer: PreT
     assert Assembler(tokenizer, stop=["The"]).feed(token_ids) == [
         AnswerFinished(AnswerEnd.STOP_SEQUENCE, "The")
     ]
+
+
+MARKS = {marks.close: marks for marks in (*reasoning._KNOWN, reasoning.HARMONY)}
+
+
+@pytest.mark.parametrize("name", MARKS)
+@pytest.mark.parametrize("is_closed", [True, False])
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_reasoning_tokens_are_those_between_the_marks(
+    tokenizer: PreTrainedTokenizerBase, name: str, is_closed: bool, size: int
+) -> None:
+    """In every family the same: neither the marks nor what follows count, white space does."""
+    marks = MARKS[name]
+    inner = [tokenizer.encode(part, add_special_tokens=False) for part in ("\n", "Let me see.", "\n\n")]
+    thought = [token_id for part in inner for token_id in part]
+    # Without an opening mark of its own, the prompt opened it.
+    token_ids = tokenizer.encode(marks.open, add_special_tokens=False) + thought
+    if is_closed:
+        token_ids += tokenizer.encode(marks.close, add_special_tokens=False)
+        answer = "<|start|>assistant<|channel|>final<|message|>Yes." if marks is reasoning.HARMONY else "Yes."
+        token_ids += tokenizer.encode(answer, add_special_tokens=False)
+    reader = AnswerReader(marks=marks, is_reasoning=not marks.open)
+    assembler = Assembler(tokenizer, reader=reader)
+    events: list[AnswerEvent] = []
+    for start in range(0, len(token_ids), size):
+        events += assembler.feed(token_ids[start : start + size])
+    events += assembler.finish(AnswerEnd.STOP)
+    assert assembler.reasoning_tokens == len(thought)
+    assert text_of(events) == ("Yes." if is_closed else "")

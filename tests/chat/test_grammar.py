@@ -8,24 +8,28 @@ import functools
 import json
 import random
 import re
+import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
 import numpy as np
+import numpy.typing as npt
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+import pytest_asyncio
+from transformers import PreTrainedTokenizerFast
 
 from osaurus_grpc.chat.detokenize import Detokenizer
 from osaurus_grpc.chat.grammar import Grammar, GrammarConstraint, Grammars, TokenizedModel, Trigger
 from osaurus_grpc.errors import CapabilityError, InvalidRequestError, OverloadedError
 from tests.chat import tokenizers
-from tests.conftest import SMOLLM
 from tests.harness.schemas import SCHEMAS
 
 _ENOUGH = 400
+
+# Grammars belong to a loop, and all tests share them: taking a vocabulary in is most of a test's work.
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 def model_of(tokenizer: Any, *, wider: int = 0, ends: frozenset[int] | None = None) -> TokenizedModel:
@@ -36,12 +40,7 @@ def model_of(tokenizer: Any, *, wider: int = 0, ends: frozenset[int] | None = No
     )
 
 
-@pytest.fixture(scope="session")
-def smollm_tokenizer(smollm_dir: Path) -> Any:
-    return AutoTokenizer.from_pretrained(smollm_dir / SMOLLM)
-
-
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def grammars() -> AsyncIterator[Grammars]:
     made = Grammars()
     yield made
@@ -49,26 +48,32 @@ async def grammars() -> AsyncIterator[Grammars]:
 
 
 @pytest.fixture(scope="session")
-def model(smollm_tokenizer: Any) -> TokenizedModel:
-    return model_of(smollm_tokenizer, wider=37, ends=frozenset({0, 2}))
+def model(tokenizer: Any) -> TokenizedModel:
+    return model_of(tokenizer, wider=37, ends=frozenset({0, 2}))
 
 
-def allowed(constraint: GrammarConstraint, model: TokenizedModel) -> list[int]:
+def admitted(constraint: GrammarConstraint, model: TokenizedModel) -> npt.NDArray[np.intp]:
     mask = constraint.mask()
     if mask is None:
-        return list(range(model.vocab_size))
+        return np.arange(model.vocab_size)
     assert mask.dtype == np.uint32
     assert mask.shape == (-(-model.vocab_size // 32),)
     bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
     assert not bits[model.vocab_size :].any()
-    return [int(i) for i in np.flatnonzero(bits)]
+    return np.flatnonzero(bits)
+
+
+def allowed(constraint: GrammarConstraint, model: TokenizedModel) -> list[int]:
+    return admitted(constraint, model).tolist()
 
 
 @functools.cache
-def _closing(tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a string, an array or an object."""
-    pieces = (tokenizer.convert_ids_to_tokens(i) or "" for i in range(len(tokenizer)))
-    return frozenset(i for i, piece in enumerate(pieces) if set(piece) & set('"]}'))
+def _closing(tokenizer: Any, width: int) -> npt.NDArray[np.bool_]:
+    """Which tokens end a string, an array or an object."""
+    closing = np.zeros(width, np.bool_)
+    for token_id, piece in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
+        closing[token_id] = not set(piece or "").isdisjoint('"]}')
+    return closing
 
 
 def throw(
@@ -76,14 +81,16 @@ def throw(
 ) -> list[int]:
     """Token ids of a random answer; haste is how often a token that may end something is preferred."""
     dice = random.Random(seed)
+    ends = sorted(model.eos_token_ids)
     ids: list[int] = []
     for _ in range(_ENOUGH):
         if constraint.is_done:
             return ids
-        choices = allowed(constraint, model)
-        ends = [i for i in choices if i in model.eos_token_ids]
-        closing = ends or [i for i in choices if i in _closing(model.tokenizer)]
-        chosen = dice.choice(closing if closing and dice.random() < haste else choices)
+        choices = admitted(constraint, model)
+        closing = choices[np.isin(choices, ends)]
+        if not len(closing):
+            closing = choices[_closing(model.tokenizer, model.vocab_size)[choices]]
+        chosen = int(dice.choice(closing if len(closing) and dice.random() < haste else choices))
         constraint.accept(chosen)
         if chosen in model.eos_token_ids:
             return ids
@@ -170,7 +177,7 @@ async def test_a_schema_inside_a_lark_grammar_is_checked(grammars: Grammars, mod
 
 
 class TestTriggers:
-    @pytest.fixture
+    @pytest_asyncio.fixture(loop_scope="module")
     async def grammar(self, grammars: Grammars, model: TokenizedModel) -> Grammar:
         return await grammars.regex(model, "[0-9]{3}")
 
@@ -182,7 +189,7 @@ class TestTriggers:
     @pytest.mark.parametrize(
         "trigger", [Trigger(text="</think>"), Trigger(text=">"), Trigger(token_ids=(1,))]
     )
-    def test_a_grammar_begins_after_its_trigger(
+    async def test_a_grammar_begins_after_its_trigger(
         self, grammar: Grammar, model: TokenizedModel, trigger: Trigger
     ) -> None:
         constraint = grammar.constraint(trigger)
@@ -197,7 +204,7 @@ class TestTriggers:
         assert re.fullmatch("[0-9]{3}", text_of(throw(constraint, model, 1), model))
         assert constraint.is_done
 
-    def test_no_token_runs_past_the_trigger(self, grammar: Grammar, model: TokenizedModel) -> None:
+    async def test_no_token_runs_past_the_trigger(self, grammar: Grammar, model: TokenizedModel) -> None:
         tokenizer = model.tokenizer
         pieces = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
         constraint = grammar.constraint(Trigger(text="><"))
@@ -211,14 +218,16 @@ class TestTriggers:
         assert not running & set(allowed(constraint, model))
         assert tokenizer.encode("<")[0] in allowed(constraint, model)
 
-    def test_the_answer_may_end_before_where_it_is_let(self, grammar: Grammar, model: TokenizedModel) -> None:
+    async def test_the_answer_may_end_before_where_it_is_let(
+        self, grammar: Grammar, model: TokenizedModel
+    ) -> None:
         constraint = grammar.constraint(Trigger(token_ids=(1,), is_required=False))
         assert constraint.mask() is None
         assert model.eos_token_ids <= set(
             allowed(grammar.constraint(Trigger(text="x", is_required=False)), model)
         )
 
-    def test_a_grammar_that_repeats_waits_again(self, grammar: Grammar, model: TokenizedModel) -> None:
+    async def test_a_grammar_that_repeats_waits_again(self, grammar: Grammar, model: TokenizedModel) -> None:
         constraint = grammar.constraint(Trigger(text="<"), repeats=True)
         self.walk(constraint, model, "one <")
         for digit in "123":
@@ -229,7 +238,7 @@ class TestTriggers:
         self.walk(constraint, model, " two <")
         assert constraint.is_active
 
-    def test_a_fork_begins_anew(self, grammar: Grammar, model: TokenizedModel) -> None:
+    async def test_a_fork_begins_anew(self, grammar: Grammar, model: TokenizedModel) -> None:
         constraint = grammar.constraint(Trigger(text="<"))
         self.walk(constraint, model, "one <12")
         copy = constraint.fork()
@@ -298,7 +307,11 @@ class TestCompiling:
         gone = weakref.ref(tokenizer)
         await grammars.regex(model_of(tokenizer), "[ab]+")
         tokenizer = None
-        gc.collect()
+        # A compiling thread answers before it forgets what it was asked.
+        deadline = time.monotonic() + 60
+        while gone() is not None and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+            gc.collect()
         assert gone() is None
 
     async def test_too_many_at_once_are_refused(self, grammars: Grammars, model: TokenizedModel) -> None:
@@ -340,6 +353,32 @@ class TestCompiling:
         assert raised.value.field == "schema_json"
         assert f'"{keyword}" at {path} cannot be enforced' in raised.value.message
 
+    @pytest.mark.parametrize(
+        ("schema", "words"),
+        [
+            ({"pattern": "(?=x)y"}, "is not understood: look-around, including look-ahead"),
+            ({"pattern": "["}, "is not understood: unclosed character class."),
+            ({"pattern": "a\\bc"}, "an anchor or a word boundary where none can be."),
+            ({"pattern": "^(ab)*$", "minLength": 5000}, "too much work together."),
+            ({"format": "date", "minLength": 30}, "no text satisfies it."),
+            ({"oneOf": [{"type": "integer"}, {"minimum": 3}]}, "use anyOf."),
+            ({"type": "number", "minimum": 1e308}, "too large or too small numbers."),
+            ({"minItems": 5, "maxItems": 3}, "minItems (5) is greater than maxItems (3)."),
+            ({"type": "integer", "multipleOf": 7, "minimum": 1, "maximum": 6}, "range is a multiple of 7."),
+            ({"allOf": [{"$ref": "#"}], "type": "object"}, "refers to itself beside other keywords."),
+            ({"prefixItems": [{"type": "integer"}] * 5_000}, "too large."),
+            ({"properties": {f"p{i}": {} for i in range(5_000)}}, "too many properties are not required."),
+        ],
+    )
+    async def test_refusals_are_in_plain_words(
+        self, grammars: Grammars, model: TokenizedModel, schema: Any, words: str
+    ) -> None:
+        with pytest.raises(InvalidRequestError) as raised:
+            await grammars.json_schema(model, json.dumps(schema), field="schema_json")
+        assert raised.value.message.endswith(words) or words in raised.value.message.split(": ", 1)[1]
+        assert raised.value.metadata["path"].startswith("#")
+        assert not re.search(r"json-schema:|coerce|Some\(|Regex /", raised.value.message)
+
     async def test_a_schema_that_only_helps_is_weakened(self, grammars: Grammars) -> None:
         made = json.loads(await grammars.enforceable('{"type":"array","uniqueItems":true}', field="f"))
         assert (made["type"], "uniqueItems" in made) == ("array", False)
@@ -363,7 +402,24 @@ def _fan(width: int, depth: int) -> Any:
     return {"$defs": {**definitions, f"d{depth}": {"type": "integer"}}, "$ref": "#/$defs/d0"}
 
 
+def _chain(length: int) -> Any:
+    """Definitions that each are the next one."""
+    definitions: Any = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(length)}
+    return {"$defs": {**definitions, f"a{length}": {"type": "null"}}, "$ref": "#/$defs/a0"}
+
+
 HOSTILE: dict[str, Any] = {
+    "a chain": _chain(4_900),
+    "a chain of objects": {
+        "$defs": {
+            f"a{i}": {"properties": {"a": {"$ref": f"#/$defs/a{i + 1}"}}, "required": ["a"]}
+            for i in range(2_500)
+        }
+        | {"a2500": {"type": "null"}},
+        "$ref": "#/$defs/a0",
+    },
+    "a long constant": {"const": "x y " * 50_000},
+    "long constants": {"anyOf": [{"const": "x" * 100_000}, {"const": "y" * 100_000}]},
     "a huge array": {"type": "array", "items": {"type": "integer"}, "minItems": 2**31 - 1},
     "a huge string": {"type": "string", "minLength": 2**31 - 1},
     "many values": {"enum": [f"value {i * 7919}" for i in range(9_000)]},
@@ -386,6 +442,23 @@ HOSTILE: dict[str, Any] = {
     "no finite value": {"properties": {"x": {"$ref": "#"}}, "required": ["x"]},
     "a large multiple": {"type": "integer", "multipleOf": 9_973},
     "multiples that meet": {"allOf": [{"type": "integer", "multipleOf": 97}, {"multipleOf": 89}]},
+    "many patterns that meet": {"allOf": [{"type": "string", "pattern": f"x{i}"} for i in range(40)]},
+    "patterns that meet in a property": {
+        "allOf": [{"properties": {"a": {"type": "string", "pattern": f"x{i}"}}} for i in range(40)]
+    },
+    "patterns that meet by reference": {
+        "$defs": {
+            f"a{i}": {"allOf": [{"pattern": f"x{i}"}, {"$ref": f"#/$defs/a{i + 1}"}]} for i in range(40)
+        }
+        | {"a40": {"type": "string"}},
+        "$ref": "#/$defs/a0",
+    },
+    "alternatives beside properties": {
+        "type": "object",
+        "properties": {f"p{i}": {"type": "null"} for i in range(200)},
+        "anyOf": [{"required": [f"p{i}"]} for i in range(200)],
+    },
+    "patterns of names": {"patternProperties": {f"^a{i}b+$": {"type": "null"} for i in range(900)}},
     "many alternatives": {"anyOf": [{"type": "string", "pattern": f"^[a-z]*{i}$"} for i in range(500)]},
 }
 
@@ -425,6 +498,9 @@ async def test_a_hostile_expression_is_followed_or_refused(
         'start: (("a"{1,1000}){1,1000}){1,1000}',
         f"start: {' | '.join(f'r{i}' for i in range(2_000))}"
         + "".join(f'\nr{i}: "x{i}" start?' for i in range(2_000)),
+        "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(11_000)) + 'r11000: "x"\n',
+        "start: T0\n" + "".join(f"T{i}: T{i + 1}\n" for i in range(11_000)) + 'T11000: "x"\n',
+        "start: T\nT: " + " & ".join(f"/(.*x{i}y.*|z{i})/" for i in range(100)),
         "start: a\na: a",
         "start: missing",
         "",
@@ -445,7 +521,7 @@ def _stumble(constraint: GrammarConstraint, model: TokenizedModel) -> None:
     dice = random.Random(3)
     with contextlib.suppress(InvalidRequestError):
         for _ in range(40):
-            chosen = dice.choice(allowed(constraint, model))
+            chosen = int(dice.choice(admitted(constraint, model)))
             constraint.accept(chosen)
             if constraint.is_done or chosen in model.eos_token_ids:
                 return

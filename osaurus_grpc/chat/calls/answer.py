@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Generator, Sequence
 
+from osaurus_grpc.chat.calls.bare import BareCalls
 from osaurus_grpc.chat.calls.harmony import HarmonyReader
 from osaurus_grpc.chat.calls.pieces import CallWriter, Piece, PieceKind, ToolTable
 from osaurus_grpc.chat.calls.reader import CallReader
-from osaurus_grpc.chat.calls.source import Reading, Source
-from osaurus_grpc.chat.calls.syntax import CallSyntax, TaggedParameters
+from osaurus_grpc.chat.calls.source import Reading, Source, held
+from osaurus_grpc.chat.calls.syntax import CallSyntax, NestedElements, TaggedParameters, XtmlElements
 from osaurus_grpc.chat.reasoning import HARMONY, ThinkMarks
 
 _SPACE = " \t\r\n"
@@ -17,7 +17,6 @@ _FENCE = "```"
 _FENCE_LANGUAGES = frozenset({"", "json", "tool_call", "tool_calls"})
 _MAX_LANGUAGE_CHARACTERS = 16
 _LIST = "[],;"
-_SPEAKER = re.compile("assistant:", re.IGNORECASE)
 
 
 class AnswerReader:
@@ -29,7 +28,8 @@ class AnswerReader:
     Args:
         marks: The model's reasoning marks, None if it has none.
         is_reasoning: The prompt opened the reasoning.
-        syntax: How calls are written; None where there is nothing to call.
+        syntax: How the model writes calls; None where there is nothing to call and nothing of the syntax
+            around answers without calls.
         tools: What may be called.
         streams_calls: Calls are held to a grammar, so that their parts may go out as they come.
     """
@@ -48,8 +48,11 @@ class AnswerReader:
         self._marks = marks
         self._is_reasoning = is_reasoning
         self._syntax = syntax if tools else None
-        self._tools = tools or ToolTable({})
+        self._tools = tools or ToolTable({}, {})
         self._streams = streams_calls
+        self._recipient = f"{syntax.recipient}\n" if syntax and syntax.recipient else ""
+        # Marks around the answer or its calls, which are no part of it.
+        self._dropped = (*(syntax.around if syntax else ()), *(marks.parts if marks else ()))
         self._reading: Generator[None, None, None] | None = self._answer()
         next(self._reading)
 
@@ -82,15 +85,18 @@ class AnswerReader:
     def _answer(self) -> Generator[None, None, None]:
         yield
         if self._marks is HARMONY:
-            harmony = HarmonyReader(self._source, self._put, self._writer, self._tools)
+            harmony = HarmonyReader(self._source, self._put, self._mark, self._writer, self._tools)
             yield from harmony.read()
             return
         yield from self._opening()
         if self._syntax is None:
-            yield from self._stream(PieceKind.CONTENT, ())
+            if self._recipient:
+                yield from self._source.takes(self._recipient)
+            while (yield from self._stream(PieceKind.CONTENT, self._dropped)):
+                pass
             return
         reader = CallReader(self._source, self._syntax, self._tools)
-        yield from self._bare(reader)
+        yield from self._bare(reader, self._syntax)
         yield from self._content(reader, self._syntax)
 
     def _opening(self) -> Reading[None]:
@@ -106,77 +112,52 @@ class AnswerReader:
             if not is_open:
                 source.position = start
                 if not self._is_reasoning:
+                    # Where it does not reason, MiniMax M3 says so by the closing mark.
+                    yield from source.takes(marks.close)
                     return
+        self._mark(PieceKind.REASONING_BEGIN, source.position)
         yield from source.skip()
-        yield from self._stream(PieceKind.REASONING, (marks.close,), keeps_space=False)
+        close = yield from self._stream(PieceKind.REASONING, (marks.close,), keeps_space=False)
+        if close:
+            self._mark(PieceKind.REASONING_END, source.position - len(close))
         yield from source.skip()
+        opening, ending = marks.answer
+        if opening and (yield from source.takes(opening)):
+            self._dropped = (*self._dropped, ending)
+            yield from source.skip()
         source.forget()
 
-    def _bare(self, reader: CallReader) -> Reading[None]:
+    def _bare(self, reader: CallReader, syntax: CallSyntax) -> Reading[None]:
         """Reads calls without marks, which are taken for calls at the beginning only."""
         source = self._source
         start = source.position
+        bare = BareCalls(source, reader, self._writer, self._tools)
         yield from source.skip()
-        if (yield from self._takes_speaker()):
+        if syntax.recipient:
+            is_read = yield from bare.addressed(syntax)
+        else:
+            yield from bare.takes_speaker()
+            yield from source.takes_any(self._dropped)
             yield from source.skip()
-        if not (yield from source.has_more()) or source.text[source.position] not in "{[":
+            if syntax.is_unmarked:
+                is_read = yield from bare.listed(syntax)
+            else:
+                is_read = yield from bare.objects(streams=self._streams and syntax.opens_bare)
+        if not is_read:
             source.position = start
-            return
-        syntax = self._syntax
-        if not (
-            yield from self._objects(reader, streams=self._streams and bool(syntax and syntax.opens_bare))
-        ):
-            source.position = start
-
-    def _takes_speaker(self) -> Reading[bool]:
-        source = self._source
-        word = "assistant:"
-        while True:
-            beginning = source.text[source.position : source.position + len(word)].lower()
-            if beginning == word:
-                source.position += len(word)
-                return True
-            if source.is_final or not word.startswith(beginning):
-                return False
-            yield
-
-    def _objects(self, reader: CallReader, *, streams: bool) -> Reading[bool]:
-        """Reads one or more calls that are JSON objects; stands behind the last whole one."""
-        source = self._source
-        is_wrapped = yield from self._takes_wrapper()
-        count = 0
-        while True:
-            yield from source.skip(_SPACE + _LIST)
-            start = source.position
-            writer = self._writer(streams=streams)
-            if not (yield from reader.read_object(writer, is_bare=True)):
-                if writer.is_out:
-                    return True
-                source.position = start
-                if is_wrapped and count:
-                    yield from source.takes("}")
-                return count > 0
-            writer.end()
-            count += 1
-
-    def _takes_wrapper(self) -> Reading[bool]:
-        """Passes over the beginning of {"tool_calls": [...]}, the form of OpenAI's messages."""
-        source = self._source
-        start = source.position
-        for part in ("{", '"tool_calls"', ":"):
-            yield from source.skip()
-            if not (yield from source.takes(part)):
-                source.position = start
-                return False
-        return True
 
     def _content(self, reader: CallReader, syntax: CallSyntax) -> Reading[None]:
         source = self._source
         while True:
             source.forget()
-            mark = yield from self._stream(PieceKind.CONTENT, (*syntax.marks, _FENCE), keeps_space=False)
+            marks = (*syntax.marks, _FENCE, *self._dropped)
+            mark = yield from self._stream(PieceKind.CONTENT, marks, keeps_space=False)
             if not mark:
                 return
+            if mark in self._dropped or (
+                self._recipient and mark != _FENCE and (yield from source.takes(self._recipient))
+            ):
+                continue
             start = source.position - len(mark)
             # The white space before a call belongs to it.
             start -= len(source.text[:start]) - len(source.text[:start].rstrip(_SPACE))
@@ -194,7 +175,8 @@ class AnswerReader:
             [mark for mark in (syntax.section_open.strip(), *syntax.also_opens) if mark]
         )
         close = syntax.section_close.strip()
-        noise = _SPACE if isinstance(syntax.body, TaggedParameters) else _SPACE + _LIST
+        has_marks = isinstance(syntax.body, TaggedParameters | XtmlElements | NestedElements)
+        noise = _SPACE if has_marks else _SPACE + _LIST
         count = 0
         while True:
             behind = source.position
@@ -240,8 +222,8 @@ class AnswerReader:
             if line[1] == "{":
                 source.position -= 1
             yield from source.skip()
-            is_call = (yield from source.has_more()) and source.text[source.position] in "{["
-            if is_call and (yield from self._objects(reader, streams=False)):
+            bare = BareCalls(source, reader, self._writer, self._tools)
+            if (yield from bare.objects(streams=False)):
                 yield from source.skip(_SPACE + _LIST)
                 yield from source.takes(_FENCE)
                 return
@@ -263,7 +245,10 @@ class AnswerReader:
         while True:
             rest = source.text[source.position :]
             found = min(((rest.find(mark), mark) for mark in marks if mark in rest), default=(-1, ""))
-            cut = found[0] if found[1] else len(rest) - (0 if source.is_final else _held(rest, marks))
+            cut = len(rest) - (0 if source.is_final else held(rest, marks))
+            # A mark may hold another one, and have begun before it.
+            found = found if found[0] <= cut else (-1, "")
+            cut = found[0] if found[1] else cut
             if not keeps_space and not (source.is_final and not found[1] and kind is PieceKind.CONTENT):
                 cut = len(rest[:cut].rstrip(_SPACE))
             if cut > 0:
@@ -284,23 +269,13 @@ class AnswerReader:
         if end > start:
             self._out.append(Piece(kind, source.text[start:end], source.base + start, source.base + end))
 
+    def _mark(self, kind: PieceKind, place: int) -> None:
+        source = self._source
+        self._out.append(Piece(kind, "", source.base + place, source.base + place))
+
     def _writer(self, *, streams: bool | None = None) -> CallWriter:
         streams = self._streams if streams is None else streams
         return CallWriter(self._source, self._put_piece, streams=streams)
 
     def _put_piece(self, piece: Piece) -> None:
         self._out.append(piece)
-
-
-def _held(text: str, marks: Sequence[str]) -> int:
-    """Characters at the end of a text that may become one of the marks."""
-    longest = 0
-    for mark in marks:
-        first = mark[0]
-        place = text.find(first, max(0, len(text) - len(mark) + 1))
-        while place >= 0:
-            if mark.startswith(text[place:]):
-                longest = max(longest, len(text) - place)
-                break
-            place = text.find(first, place + 1)
-    return longest

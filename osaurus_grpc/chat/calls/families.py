@@ -13,7 +13,9 @@ from osaurus_grpc.chat.calls.syntax import (
     InlineParameters,
     JsonObject,
     NamedJson,
+    NestedElements,
     TaggedParameters,
+    XtmlElements,
 )
 
 if TYPE_CHECKING:  # transformers takes a second to import, and callers bring the object
@@ -46,9 +48,18 @@ LLAMA: Final = CallSyntax(
 MISTRAL_LIST: Final = CallSyntax(
     "mistral-list", JsonObject(id_key="id"), section_open="[TOOL_CALLS]", is_list=True, separator=", "
 )
+MISTRAL_SPACED: Final = CallSyntax(  # Mistral 7B 0.3, Mixtral 8x22B
+    "mistral-spaced", JsonObject(id_key="id"), section_open="[TOOL_CALLS] ", is_list=True, separator=", "
+)
 MISTRAL: Final = CallSyntax(
     "mistral",
     NamedJson("", "[ARGS]", ("[CALL_ID]",)),
+    section_open="[TOOL_CALLS]",
+    repeats_section=True,
+)
+MISTRAL_ID: Final = CallSyntax(  # Mistral Small 3.2
+    "mistral-id",
+    NamedJson("", "[ARGS]", ("[CALL_ID]",), id_open="[CALL_ID]"),
     section_open="[TOOL_CALLS]",
     repeats_section=True,
 )
@@ -76,6 +87,14 @@ KIMI_K2: Final = CallSyntax(
     section_close="<|tool_calls_section_end|>",
     call_open="<|tool_call_begin|>",
     call_close="<|tool_call_end|>",
+)
+KIMI_K3: Final = CallSyntax(
+    "kimi-k3",
+    XtmlElements(),
+    section_open="<|open|>tools<|sep|>",
+    section_close="<|close|>tools<|sep|>",
+    leads=("<|open|>response<|sep|>", "<|close|>response<|sep|>"),
+    tail="<|close|>message<|sep|>",
 )
 HARMONY: Final = CallSyntax(
     "harmony",
@@ -124,13 +143,33 @@ COMMAND: Final = CallSyntax(  # Command R7B, Command A
     section_open="<|START_ACTION|>",
     section_close="<|END_ACTION|>",
     is_list=True,
+    list_marks=("[\n    ", "\n]"),
     separator=",\n    ",
+)
+COMMAND_R: Final = CallSyntax(  # Command R and R+
+    "command-r",
+    JsonObject("tool_name", "parameters"),
+    section_open="Action: ```json\n",
+    section_close="```",
+    is_list=True,
+    list_marks=("[\n    ", "\n]"),
+    separator=",\n    ",
+    also_opens=("Action:```json", "Action:\n```json"),
+)
+APERTUS: Final = CallSyntax(
+    "apertus",
+    NamedJson('{"', '": '),
+    section_open="<|tools_prefix|>",
+    section_close="<|tools_suffix|>",
+    is_list=True,
+    call_close="}",
+    separator=", ",
 )
 GIGACHAT: Final = CallSyntax("gigachat", JsonObject(), section_open="<|function_call|>", repeats_section=True)
 FUNCTIONARY_31: Final = CallSyntax(
     "functionary-v3.1", NamedJson("", ">"), call_open="<function=", call_close="</function>"
 )
-FUNCTIONARY_32: Final = CallSyntax("functionary-v3.2", NamedJson("", "\n"), call_open=">>>")
+FUNCTIONARY_32: Final = CallSyntax("functionary-v3.2", NamedJson("", "\n"), call_open=">>>", recipient="all")
 SOLAR: Final = CallSyntax(
     "solar",
     NamedJson("", "<|tool_call:args|>", id_close="<|tool_call:name|>"),
@@ -172,6 +211,38 @@ GLM_47: Final = CallSyntax(  # also Spark, Laguna S
     section_close="</tool_call>",
     repeats_section=True,
 )
+LONGCAT: Final = CallSyntax(
+    "longcat",
+    TaggedParameters(
+        "",
+        "\n",
+        "<longcat_arg_key>",
+        "</longcat_arg_key>\n<longcat_arg_value>",
+        "</longcat_arg_value>",
+        "",
+        separator="\n",
+    ),
+    section_open="<longcat_tool_call>",
+    section_close="</longcat_tool_call>",
+    repeats_section=True,
+    separator="\n",
+)
+HUNYUAN_3: Final = CallSyntax(
+    "hunyuan-3",
+    TaggedParameters(
+        "",
+        "<tool_sep:opensource>\n",
+        "<arg_key:opensource>",
+        "</arg_key:opensource>\n<arg_value:opensource>",
+        "</arg_value:opensource>",
+        "</tool_call:opensource>",
+        separator="\n",
+    ),
+    section_open="<tool_calls:opensource>\n",
+    section_close="\n</tool_calls:opensource>",
+    call_open="<tool_call:opensource>",
+    separator="\n",
+)
 MINIMAX_M2: Final = CallSyntax(
     "minimax-m2",
     TaggedParameters(
@@ -179,6 +250,13 @@ MINIMAX_M2: Final = CallSyntax(
     ),
     section_open="<minimax:tool_call>\n",
     section_close="\n</minimax:tool_call>",
+    separator="\n",
+)
+MINIMAX_M3: Final = CallSyntax(
+    "minimax-m3",
+    NestedElements(),
+    section_open="]<]minimax[>[<tool_call>\n",
+    section_close="\n]<]minimax[>[</tool_call>",
     separator="\n",
 )
 _DSML = TaggedParameters(
@@ -207,7 +285,15 @@ DEEPSEEK_V4: Final = CallSyntax(
 )
 MINICPM: Final = CallSyntax(
     "minicpm",
-    TaggedParameters('<function name="', '">', '<param name="', '">', "</param>", "</function>"),
+    TaggedParameters(
+        '<function name="',
+        '">',
+        '<param name="',
+        '">',
+        "</param>",
+        "</function>",
+        quotes=("<![CDATA[", "]]>"),
+    ),
     separator="\n",
 )
 LFM2: Final = CallSyntax(
@@ -217,6 +303,22 @@ LFM2: Final = CallSyntax(
     section_close="<|tool_call_end|>",
     is_list=True,
     separator=", ",
+)
+PYTHONIC: Final = CallSyntax(  # Llama 4, Llama 3.2, ToolACE, where the template asks for it
+    "pythonic",
+    InlineParameters("", "(", "=", ")", ", "),
+    is_list=True,
+    separator=", ",
+    opens_bare=True,
+    wraps=("<|python_start|>", "<|python_end|>"),
+    is_shown_as_text=True,
+)
+OLMO_3: Final = CallSyntax(
+    "olmo-3",
+    InlineParameters("", "(", "=", ")", ", "),
+    section_open="<function_calls>",
+    section_close="</function_calls>",
+    separator="\n",
 )
 GEMMA_4: Final = CallSyntax(
     "gemma-4",
@@ -240,7 +342,10 @@ _TEMPLATE_SIGNS: Final[tuple[tuple[tuple[str, ...], CallSyntax], ...]] = (
     (("<minimax:tool_call>",), MINIMAX_M2),
     (("DSML", "function_calls"), DEEPSEEK_V32),
     (("DSML", "tool_calls"), DEEPSEEK_V4),
+    (("<function_calls>", "<functions>"), OLMO_3),
     (("<seed:tool_call>",), SEED),
+    (("<longcat_tool_call>",), LONGCAT),
+    (("<tool_calls{}>", "<arg_key{}>"), HUNYUAN_3),
     (("<arg_key>", "</arg_key>\\n<arg_value>"), GLM),
     (("<arg_key>", "</arg_key>\n<arg_value>"), GLM),
     (("<arg_key>", "<tool_call>"), GLM_47),
@@ -248,12 +353,17 @@ _TEMPLATE_SIGNS: Final[tuple[tuple[tuple[str, ...], CallSyntax], ...]] = (
     (("<|tool_call_start|>",), LFM2),
     (("<function=", "<parameter="), QWEN3_CODER),
     (("<|tool_calls_section_begin|>",), KIMI_K2),
+    (("<|open|>", "<|sep|>", "open_tag('tools')", "open_tag('call'"), KIMI_K3),
     (('<function name="', '<param name="'), MINICPM),
     (("<｜tool▁calls▁begin｜>", "```json"), DEEPSEEK_R1),
     (("<｜tool▁calls▁begin｜>",), DEEPSEEK_V31),
+    (("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"), MISTRAL_ID),
     (("[TOOL_CALLS]", "[ARGS]"), MISTRAL),
+    (("[TOOL_CALLS] [",), MISTRAL_SPACED),
     (("[TOOL_CALLS]",), MISTRAL_LIST),
     (("<|START_ACTION|>",), COMMAND),
+    (("Action:", "directly-answer"), COMMAND_R),
+    (("<|tools_prefix|>",), APERTUS),
     (("<|function_call|>",), GIGACHAT),
     (("<|tool_call:begin|>",), SOLAR),
     (("<TOOLCALL>",), TOOLCALL_LIST),
@@ -263,10 +373,11 @@ _TEMPLATE_SIGNS: Final[tuple[tuple[tuple[str, ...], CallSyntax], ...]] = (
     (("<tool_calls>\n",), TOOL_CALLS_LINES),
     (("<|/tool_call|>",), PHI_4),
     (("<|tool_call|>",), GRANITE),
-    ((">>>",), FUNCTIONARY_32),
-    (("]<]minimax[>[",), FALLBACK),  # MiniMax M3's, whose marks hold their own brackets
+    ((">>>all", ">>>${recipient}"), FUNCTIONARY_32),
+    (("]<]minimax[>[", '<invoke name="'), MINIMAX_M3),
     (("<tool_call>",), HERMES),
     (("<function=",), FUNCTIONARY_31),
+    (("[func_name1(", "func_name2("), PYTHONIC),
     (('{"name": function name, "parameters"',), LLAMA),
     (("<|python_tag|>",), LLAMA),
     (("<|python_start|>",), LLAMA),

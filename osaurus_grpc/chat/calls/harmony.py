@@ -20,6 +20,7 @@ _RECIPIENT = re.compile(r"to=(?:functions\.)?([\w.\-]+)")
 _MAX_HEADER_CHARACTERS = 512
 
 Put = Callable[[PieceKind, int, int], None]
+Mark = Callable[[PieceKind, int], None]
 
 
 class HarmonyReader:
@@ -28,15 +29,22 @@ class HarmonyReader:
     Args:
         source: What is read.
         put: Takes a piece of source.text, from and to.
+        mark: Takes a place in source.text where reasoning begins or ends.
         make_writer: Makes the writer of a call.
         tools: What may be called.
     """
 
     def __init__(
-        self, source: Source, put: Put, make_writer: Callable[[], CallWriter], tools: ToolTable
+        self,
+        source: Source,
+        put: Put,
+        mark: Mark,
+        make_writer: Callable[[], CallWriter],
+        tools: ToolTable,
     ) -> None:
         self._source = source
         self._put = put
+        self._mark = mark
         self._make_writer = make_writer
         self._tools = tools
 
@@ -103,6 +111,8 @@ class HarmonyReader:
         """Lets a message's text go as it comes, up to its end."""
         source = self._source
         source.forget()
+        if kind is PieceKind.REASONING:
+            self._mark(PieceKind.REASONING_BEGIN, source.position)
         while True:
             rest = source.text[source.position :]
             place = min((rest.find(end) for end in _ENDS if end in rest), default=-1)
@@ -111,6 +121,8 @@ class HarmonyReader:
             source.position += cut
             source.forget()
             if place >= 0:
+                if kind is PieceKind.REASONING:
+                    self._mark(PieceKind.REASONING_END, source.position)
                 # What ends a message and begins none is no part of the next one.
                 yield from source.takes_any(["<|end|>", "<|call|>", "<|return|>"])
                 return

@@ -6,39 +6,29 @@ written, and their arguments follow their schemas.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, assert_never
+from typing import TYPE_CHECKING, Final, assert_never
 
+from osaurus_grpc.chat.calls import elements, xtml
 from osaurus_grpc.chat.calls.families import HARMONY
+from osaurus_grpc.chat.calls.rules import CheckedTool, Rules, embedded, escaped, parameters
 from osaurus_grpc.chat.calls.syntax import (
     CallSyntax,
     InlineParameters,
     JsonObject,
     NamedJson,
+    NestedElements,
     TaggedParameters,
+    XtmlElements,
 )
 from osaurus_grpc.chat.calls.values import is_plain_string
-from osaurus_grpc.chat.schema import prepared
-from osaurus_grpc.chat.types import ToolSpec
-from osaurus_grpc.errors import InvalidRequestError
 
 if TYPE_CHECKING:  # transformers takes a second to import, and callers bring the object
     from transformers import PreTrainedTokenizerBase
 
 # Calls in one answer: models that are made to call have to come to an end.
 MAX_CALLS: Final = 16
-# What an object's schema may say, beside annotations, where arguments are written one by one.
-_OBJECT_KEYWORDS: Final = frozenset(
-    {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
-)
-_ANNOTATIONS: Final = frozenset(
-    {"title", "description", "$schema", "$id", "$comment", "examples", "default", "strict"}
-)
-_COMBINING: Final = frozenset(
-    {"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "if", "dependentSchemas"}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,45 +46,6 @@ class CallGrammar:
     trigger: str = ""
     trigger_ids: tuple[int, ...] = ()
     repeats: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class CheckedTool:
-    """A tool whose schema is fit for a grammar.
-
-    Attributes:
-        tool: The tool.
-        schema: Its schema, an object's.
-        schema_text: The same, prepared.
-        field: Path of the request's field that it came from.
-    """
-
-    tool: ToolSpec
-    schema: Mapping[str, Any]
-    schema_text: str
-    field: str
-
-
-def checked_tool(tool: ToolSpec, index: int, *, is_strict: bool) -> CheckedTool:
-    """Readies a tool's schema.
-
-    Args:
-        tool: The tool.
-        index: Its place in the request.
-        is_strict: Refuse what cannot be enforced, instead of leaving it unenforced.
-
-    Raises:
-        InvalidRequestError: The schema cannot be enforced; names the tool's schema.
-    """
-    field = f"tools[{index}].function.parameters_json"
-    schema = json.loads(tool.schema_json)
-    if not _COMBINING & schema.keys():
-        schema.setdefault("type", "object")
-        if "properties" in schema:
-            # Closed where the client does not say: models that are held to a form make up members.
-            schema.setdefault("additionalProperties", False)
-    text = prepared(json.dumps(schema, ensure_ascii=False), strict=is_strict, field=field)
-    return CheckedTool(tool, schema, text, field)
 
 
 def call_grammar(
@@ -120,10 +71,10 @@ def call_grammar(
     """
     builder = _Builder(tokenizer, syntax)
     text = builder.grammar(tools, is_forced=is_forced, is_parallel=is_parallel)
-    if is_forced:
+    if is_forced or syntax.is_unmarked:
         return CallGrammar(text)
     trigger = builder.trigger
-    ids = builder.special_ids(trigger)
+    ids = builder.trigger_ids
     repeats = is_parallel and (syntax.repeats_section or not syntax.section_open)
     return CallGrammar(text, "" if ids else trigger, ids, repeats)
 
@@ -133,44 +84,54 @@ class _Builder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, syntax: CallSyntax) -> None:
         self._syntax = syntax
-        self._special = {
-            token.content: token_id
-            for token_id, token in tokenizer.added_tokens_decoder.items()
-            if token.special
-        }
-        self._rules: list[str] = []
-        self.trigger = "to=functions." if syntax is HARMONY else syntax.trigger
+        self._tokenizer = tokenizer
+        self._rules = Rules(tokenizer)
+        self._rule = self._rules.add
+        self._literal = self._rules.literal
+        self.trigger = "to=functions." if syntax is HARMONY else self._special_core(syntax.trigger)
 
     def grammar(self, tools: Sequence[CheckedTool], *, is_forced: bool, is_parallel: bool) -> str:
         syntax = self._syntax
         alternatives = " | ".join(self._call(tool, f"t{i}") for i, tool in enumerate(tools))
         self._rule("call", alternatives)
+        many = MAX_CALLS - 1 if is_parallel else 0
         if syntax is HARMONY:
             self._harmony(is_forced=is_forced)
+        elif syntax.is_unmarked:
+            self._unmarked(tools, is_forced=is_forced, many=many)
         else:
-            self._sections(is_forced=is_forced, many=MAX_CALLS - 1 if is_parallel else 0)
-        return "%llguidance {}\n" + "\n".join(self._rules) + "\n"
+            self._sections(is_forced=is_forced, many=many)
+        return self._rules.text
 
-    def special_ids(self, text: str) -> tuple[int, ...]:
-        """The token ids of a text that consists of special tokens only, else none."""
-        parts = list(self._parts(text))
-        ids = [self._special[part] for part in parts if part in self._special]
-        return tuple(ids) if len(ids) == len(parts) else ()
+    @property
+    def trigger_ids(self) -> tuple[int, ...]:
+        """The trigger's token ids where it begins and ends with special tokens, else none."""
+        parts = list(self._rules.parts(self.trigger))
+        if not parts or parts[0] not in self._rules.special or parts[-1] not in self._rules.special:
+            return ()
+        return tuple(self._tokenizer.encode(self.trigger, add_special_tokens=False))
+
+    def _special_core(self, trigger: str) -> str:
+        """A mark from its first special token to its last one, all of it where it has none."""
+        parts = list(self._rules.parts(trigger))
+        places = [index for index, part in enumerate(parts) if part in self._rules.special]
+        return "".join(parts[places[0] : places[-1] + 1]) if places else trigger
 
     def _sections(self, *, is_forced: bool, many: int) -> None:
         syntax = self._syntax
         inner = self._literal(self._call_opening())
         close = self._literal(self._call_closing())
-        section = self._literal(f"{syntax.section_open}{'[' if syntax.is_list else ''}")
-        section_close = self._literal(f"{']' if syntax.is_list else ''}{syntax.section_close}")
+        section = self._literal(syntax.begin)
+        section_close = self._literal(syntax.end)
+        if syntax.tail:
+            section_close += f" ({self._literal(syntax.tail)})?"
         separator = self._literal(syntax.separator)
         self._rule("unit", f"{inner} call {close}")
         if is_forced:
-            first = f"{section} unit"
+            leads = [f"({self._literal(lead)})?" for lead in syntax.leads]
+            first = " ".join([*leads, section, "unit"])
         else:
-            rest = (syntax.section_open + ("[" if syntax.is_list else "") + self._call_opening()).partition(
-                self.trigger
-            )[2]
+            rest = (syntax.begin + self._call_opening()).partition(self.trigger)[2]
             # The token that ends the mark may hold the white space behind it.
             stripped = rest.lstrip()
             self._rule("space", "/[ \\t\\n]{0,2}/" if stripped != rest else '""')
@@ -185,6 +146,27 @@ class _Builder:
             self._rule("start", f"section ({separator} section){{0,{many}}}")
         else:
             self._rule("start", f"{first} {section_close}")
+
+    def _unmarked(self, tools: Sequence[CheckedTool], *, is_forced: bool, many: int) -> None:
+        """Whole answers: calls, or text in which nothing looks like one."""
+        syntax = self._syntax
+        between = syntax.call_open if syntax.recipient else syntax.separator
+        more = f"({self._literal(between)} call){{0,{many}}}" if many else ""
+        rest = f"{more} {self._literal(syntax.end)}"
+        calls = f"{self._literal(syntax.begin)} call {rest}"
+        options = [calls] if is_forced else []
+        before, behind = syntax.wraps
+        if before in self._rules.special:
+            options.append(f"{self._literal(before)} {calls} ({self._literal(behind)})?")
+        if not is_forced:
+            # What begins a call has to be one token of the grammar, or the text would take it.
+            for index, tool in enumerate(tools):
+                self._rule(f"h{index}[lazy]", f"/{_unmarked_head(syntax, escaped(tool.tool.name))}/")
+            heads = " | ".join(f"h{index} t{index}_rest" for index in range(len(tools)))
+            names = "|".join(escaped(tool.tool.name) for tool in tools)
+            self._rule("TEXT", f"/(?s:.*)/ & ~/{_unmarked_head(syntax, f'({names})')}(?s:.*)/")
+            options += [f"({heads}) {rest}", "TEXT"]
+        self._rule("start", " | ".join(options))
 
     def _harmony(self, *, is_forced: bool) -> None:
         if not is_forced:
@@ -207,7 +189,9 @@ class _Builder:
                 pass
             case TaggedParameters(name_open=inner):
                 pass
-            case InlineParameters(name_open=inner):
+            case InlineParameters(name_open=inner) | XtmlElements(name_open=inner):
+                pass
+            case NestedElements(name_open=inner):
                 pass
         return syntax.call_open + inner
 
@@ -219,17 +203,22 @@ class _Builder:
         return inner + self._syntax.call_close
 
     def _call(self, tool: CheckedTool, rule: str) -> str:
-        """One tool's part of a call, from its name to the end of its arguments."""
+        """One tool's part of a call, from its name to the end of its arguments; gives the rule."""
         body = self._syntax.body
         match body:
             case JsonObject():
                 self._rule(rule, self._object(body, tool))
             case NamedJson():
-                self._rule(rule, self._named(body, tool))
+                self._rule(f"{rule}_rest", f"%json {tool.schema_text}")
+                self._rule(rule, f"{self._named(body, tool)} {rule}_rest")
             case TaggedParameters():
                 self._tagged(body, tool, rule)
             case InlineParameters():
                 self._inline(body, tool, rule)
+            case XtmlElements():
+                xtml.add_rules(self._rules, tool, rule)
+            case NestedElements():
+                elements.add_rules(self._rules, tool, rule)
             case _ as unreachable:
                 assert_never(unreachable)
         return rule
@@ -248,58 +237,47 @@ class _Builder:
         if self._syntax is HARMONY:
             after = f"{self._literal(' <|constrain|>json<|message|>')}"
             other = self._literal("<|channel|>commentary json<|message|>")
-            return f"{name} ({after} | {other}) %json {tool.schema_text}"
+            return f"{name} ({after} | {other})"
         if body.counts:
             name += ' ":" /[0-9]{1,2}/'
         if body.id_close:
             name = f"/[a-zA-Z0-9]{{9}}/ {self._literal(body.id_close)} {name}"
-        return f"{name} {self._literal(body.after)} %json {tool.schema_text}"
+        if body.id_open:
+            name = f"{name} {self._literal(body.id_open)} /[a-zA-Z0-9]{{9}}/"
+        return f"{name} {self._literal(body.after)}"
 
     def _tagged(self, body: TaggedParameters, tool: CheckedTool, rule: str) -> None:
         parts = [self._literal(tool.tool.name + body.name_close)]
-        for number, (key, schema, is_required) in enumerate(_parameters(tool)):
+        for number, (key, schema, is_required) in enumerate(parameters(tool)):
             name = f"{rule}_{number}"
             is_string = is_plain_string(schema)
             key_close = body.string_key_close if is_string and body.string_key_close else body.key_close
             head = self._literal(f"{body.key_open}{key}{key_close}")
             if is_string:
-                self._string(f"{name}_v", schema, body.value_close.strip())
+                self._rules.string(f"{name}_v", schema, body.value_close)
                 value = f"{name}_v {self._literal(body.separator)}"
             else:
-                text = _embedded(schema, tool)
+                text = embedded(schema, tool)
                 value = f"%json {text} {self._literal(body.value_close + body.separator)}"
             self._rule(name, f"{head} {value}")
             parts.append(name if is_required else f"{name}?")
         self._rule(rule, f"{' '.join(parts)} {self._literal(body.end)}")
 
-    def _string(self, rule: str, schema: Mapping[str, Any], close: str) -> None:
-        """A string that stands as it is, and the mark behind it."""
-        listed = schema.get("enum", [schema["const"]] if "const" in schema else None)
-        end = self._literal(close)
-        if listed is not None:
-            values = " | ".join(self._literal(str(value)) or '""' for value in listed)
-            self._rule(rule, f"({values}) {end}")
-        elif self.special_ids(close):
-            self._rule(rule.upper(), "/(?s:.*)/")
-            self._rule(rule, f"{rule.upper()} {end}")
-        else:
-            self._rule(f"{rule}[lazy]", f"/(?s:.*){_escaped(close)}/")
-
     def _inline(self, body: InlineParameters, tool: CheckedTool, rule: str) -> None:
-        parameters = _parameters(tool)
+        arguments = parameters(tool)
         # Rule a_i: arguments from the i-th on, none before them; b_i: some before them.
-        last = len(parameters)
+        last = len(arguments)
         self._rule(f"{rule}_a{last}", '""')
         self._rule(f"{rule}_b{last}", '""')
         for number in range(last - 1, -1, -1):
-            key, schema, is_required = parameters[number]
+            key, schema, is_required = arguments[number]
             name = f"{rule}_p{number}"
             head = self._literal(f"{key}{body.assign}")
             if body.quote and is_plain_string(schema):
-                self._string(f"{name}v", schema, body.quote)
+                self._rules.string(f"{name}v", schema, body.quote)
                 self._rule(name, f"{head} {self._literal(body.quote)} {name}v")
             else:
-                self._rule(name, f"{head} %json {_embedded(schema, tool)}")
+                self._rule(name, f"{head} %json {embedded(schema, tool)}")
             skip_a = "" if is_required else f" | {rule}_a{number + 1}"
             skip_b = "" if is_required else f" | {rule}_b{number + 1}"
             after = f"{rule}_b{number + 1}"
@@ -307,61 +285,17 @@ class _Builder:
             separator = self._literal(body.separator)
             self._rule(f"{rule}_b{number}", f"{separator} {name} {after}{skip_b}")
         opening = self._literal(tool.tool.name + body.open)
-        self._rule(rule, f"{opening} {rule}_a0 {self._literal(body.close)}")
-
-    def _rule(self, name: str, body: str) -> None:
-        self._rules.append(f"{name}: {body}")
-
-    def _literal(self, text: str) -> str:
-        """A text as a grammar has it, the special tokens in it by their ids."""
-        return " ".join(
-            f"<[{self._special[part]}]>" if part in self._special else json.dumps(part, ensure_ascii=False)
-            for part in self._parts(text)
-        )
-
-    def _parts(self, text: str) -> Iterator[str]:
-        """The text cut at the names of special tokens."""
-        while text:
-            places = [(text.find(name), -len(name)) for name in self._special if name in text]
-            place, length = min(places, default=(len(text), 0))
-            if place:
-                yield text[:place]
-            if length:
-                yield text[place : place - length]
-            text = text[place - length :]
+        self._rule(f"{rule}_rest", f"{rule}_a0 {self._literal(body.close)}")
+        self._rule(rule, f"{opening} {rule}_rest")
 
 
-def _parameters(tool: CheckedTool) -> list[tuple[str, Any, bool]]:
-    """An object schema's properties, in order: name, schema, whether it is required.
-
-    Raises:
-        InvalidRequestError: The schema says more than which properties there are.
-    """
-    schema = tool.schema
-    further = [
-        key for key in schema if key not in _OBJECT_KEYWORDS | _ANNOTATIONS and not key.startswith("x-")
-    ]
-    properties = schema.get("properties", {})
-    missing = [name for name in schema.get("required", ()) if name not in properties]
-    if schema.get("type") != "object" or further or missing or not isinstance(properties, Mapping):
-        what = f'"{further[0]}"' if further else "a schema that does not list the arguments"
-        raise InvalidRequestError(
-            f"{tool.field}: {what} cannot be enforced in the form in which this model writes calls.",
-            field=tool.field,
-        )
-    required = frozenset(schema.get("required", ()))
-    return [(str(name), value, name in required) for name, value in properties.items()]
-
-
-def _embedded(schema: Any, tool: CheckedTool) -> str:
-    """A property's schema with the definitions that it may refer to, prepared."""
-    if isinstance(schema, bool):
-        schema = {} if schema else {"not": {}}
-    definitions = {key: tool.schema[key] for key in ("$defs", "definitions") if key in tool.schema}
-    text = json.dumps({**definitions, **schema}, ensure_ascii=False)
-    return prepared(text, strict=False, field=tool.field)
-
-
-def _escaped(text: str) -> str:
-    """A text for a regular expression between slashes."""
-    return "".join(f"\\{char}" if char in r"\/.^$|?*+()[]{}-&#~" else char for char in text)
+def _unmarked_head(syntax: CallSyntax, name: str) -> str:
+    """What an answer holds up to a call's arguments, as a regular expression."""
+    match syntax.body:
+        case NamedJson(after=behind) | InlineParameters(open=behind):
+            pass
+        case _:
+            behind = ""
+    opening = escaped(syntax.begin + syntax.call_open)
+    before = f"((?s:.*){opening})?" if syntax.recipient else f"[ \\n]*{opening}"
+    return f"{before}{name}{escaped(behind)}".replace("\n", "\\n")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from osaurus_grpc.chat.calls.source import Source
 from osaurus_grpc.chat.calls.values import StringNames, string_parameters
@@ -13,10 +14,16 @@ from osaurus_grpc.chat.types import ToolSpec
 
 
 class PieceKind(Enum):
-    """What a piece is."""
+    """What a piece is.
+
+    REASONING_BEGIN and REASONING_END are places without text: behind the mark that opens reasoning and
+    before the one that closes it. Reasoning that the answer's end cuts off has no end of its own.
+    """
 
     CONTENT = auto()
+    REASONING_BEGIN = auto()
     REASONING = auto()
+    REASONING_END = auto()
     CALL_NAME = auto()
     CALL_ARGUMENTS = auto()
     CALL_END = auto()
@@ -44,17 +51,23 @@ class ToolTable:
 
     Attributes:
         strings: By tool, the arguments that are plain strings.
+        schemas: By tool, the schema of its arguments.
     """
 
     strings: Mapping[str, StringNames]
+    schemas: Mapping[str, Mapping[str, Any]]
 
     @classmethod
     def of(cls, tools: Sequence[ToolSpec]) -> ToolTable:
         """Looks through the schemas."""
-        return cls({tool.name: string_parameters(tool.schema_json) for tool in tools})
+        schemas = {tool.name: json.loads(tool.schema_json) for tool in tools}
+        return cls({tool.name: string_parameters(tool.schema_json) for tool in tools}, schemas)
 
     def __contains__(self, name: object) -> bool:
         return name in self.strings
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.strings)
 
     def __bool__(self) -> bool:
         return bool(self.strings)
@@ -75,14 +88,15 @@ class CallWriter:
     def __init__(self, source: Source, put: Callable[[Piece], None], *, streams: bool) -> None:
         self._source = source
         self._put = put
-        self._streams = streams
+        self.streams = streams
+        """Parts go out as they come."""
         self._held: list[Piece] = []
         self._done = source.offset
 
     @property
     def is_out(self) -> bool:
         """Whether something of the call went out."""
-        return self._streams and bool(self._held)
+        return self.streams and bool(self._held)
 
     def name(self, name: str) -> None:
         """The call's name is known; the source stands behind it."""
@@ -96,7 +110,7 @@ class CallWriter:
     def end(self) -> None:
         """The call is whole."""
         self._add(PieceKind.CALL_END, "")
-        if not self._streams:
+        if not self.streams:
             for piece in self._held:
                 self._put(piece)
 
@@ -104,7 +118,7 @@ class CallWriter:
         end = self._source.offset
         piece = Piece(kind, text, self._done, end)
         self._done = end
-        if self._streams:
+        if self.streams:
             self._put(piece)
             self._held = [piece]
         else:

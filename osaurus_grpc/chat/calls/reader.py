@@ -6,17 +6,21 @@ import json
 import re
 from typing import assert_never
 
+from osaurus_grpc.chat.calls import elements, xtml
 from osaurus_grpc.chat.calls.json_text import read_string, read_value
 from osaurus_grpc.chat.calls.pieces import CallWriter, ToolTable
 from osaurus_grpc.chat.calls.source import Reading, Source
+from osaurus_grpc.chat.calls.streamed import stream_string, stream_value
 from osaurus_grpc.chat.calls.syntax import (
     CallSyntax,
     InlineParameters,
     JsonObject,
     NamedJson,
+    NestedElements,
     TaggedParameters,
+    XtmlElements,
 )
-from osaurus_grpc.chat.calls.values import compact, read_literal, value_json
+from osaurus_grpc.chat.calls.values import StringNames, compact, is_json, read_literal, value_json
 
 _NAME_KEYS = frozenset({"name", "tool_name", "function_name"})
 _ARGUMENT_KEYS = frozenset({"arguments", "parameters"})
@@ -52,7 +56,11 @@ class CallReader:
         yield from source.skip()
         if not (yield from source.has_more()):
             return False
-        if source.text[source.position] == "{" and isinstance(body, JsonObject | NamedJson):
+        is_object = source.text[source.position] == "{"
+        if is_object and isinstance(body, NamedJson) and body.before.startswith("{"):
+            # The name is the object's only key.
+            is_object = False
+        if is_object and isinstance(body, JsonObject | NamedJson):
             is_whole = yield from self.read_object(writer)
         else:
             match body:
@@ -62,6 +70,10 @@ class CallReader:
                     is_whole = yield from self._tagged(body, writer)
                 case InlineParameters():
                     is_whole = yield from self._inline(body, writer)
+                case XtmlElements():
+                    is_whole = yield from xtml.read_call(source, self._tools, writer)
+                case NestedElements():
+                    is_whole = yield from elements.read_call(source, self._tools, writer)
                 case JsonObject():
                     is_whole = False
                 case _ as unreachable:
@@ -115,7 +127,7 @@ class CallReader:
         yield from source.skip()
         if not (yield from source.has_more()) or source.text[source.position] != "{":
             return False
-        return (yield from _stream_value(source, writer))
+        return (yield from stream_value(source, writer))
 
     def _tagged(self, body: TaggedParameters, writer: CallWriter) -> Reading[bool]:
         source = self._source
@@ -134,36 +146,44 @@ class CallReader:
         strings = self._tools.strings[name]
         count = 0
         while (yield from self._takes_mark(key_open)):
-            argument = yield from self._tagged_argument(body, strings)
-            if argument is None:
+            lead = ", " if count else "{"
+            if not (yield from self._tagged_argument(body, strings, lead, writer)):
                 return False
-            writer.arguments(f"{', ' if count else '{'}{argument}")
             count += 1
         is_ended = yield from self._takes_mark(end) if body.end else self._has_mark(end)
         if is_ended:
             writer.arguments("}" if count else "{}")
         return is_ended
 
-    def _tagged_argument(self, body: TaggedParameters, strings: frozenset[str]) -> Reading[str | None]:
+    def _tagged_argument(
+        self, body: TaggedParameters, strings: StringNames, lead: str, writer: CallWriter
+    ) -> Reading[bool]:
+        source = self._source
         first, *rest = filter(None, map(str.strip, body.key_close.split("\n")))
         string_first = body.string_key_close.strip()
         marks = [first, string_first] if string_first else [first]
-        found = yield from self._source.until(marks, _MAX_NAME_CHARACTERS)
+        found = yield from source.until(marks, _MAX_NAME_CHARACTERS)
         if found is None or not (yield from self._passes("\n".join(rest))):
-            return None
-        key, mark = found
-        is_string = key.strip() in strings or mark == string_first
-        value = yield from self._source.until([body.value_close.strip()])
-        if value is None:
-            return None
-        text = value[0]
-        lead = body.key_close[len(body.key_close.rstrip()) :]
-        tail = body.value_close[: len(body.value_close) - len(body.value_close.lstrip())]
-        if lead:
-            text = text.removeprefix(lead)
-        if tail:
-            text = text.removesuffix(tail)
-        return f"{compact(key.strip())}: {value_json(text, is_string=is_string)}"
+            return False
+        key, mark = found[0].strip(), found[1]
+        close = body.value_close.strip()
+        space = body.value_close[: len(body.value_close) - len(body.value_close.lstrip())]
+        yield from source.takes(body.key_close[len(body.key_close.rstrip()) :])
+        is_quoted = body.quotes is not None and (yield from source.takes(body.quotes[0]))
+        ends = (body.quotes[1], "") if body.quotes is not None and is_quoted else (close, space)
+        start = f"{lead}{compact(key)}: "
+        if strings.get(key) or mark == string_first or is_quoted:
+            writer.arguments(f'{start}"')
+            if not (yield from stream_string(source, writer, *ends)):
+                return False
+            writer.arguments('"')
+        else:
+            value = yield from source.until([close])
+            if value is None:
+                return False
+            text = value_json(value[0].removesuffix(space), is_string=key in strings)
+            writer.arguments(start + text)
+        return not is_quoted or (yield from self._takes_mark(close))
 
     def _inline(self, body: InlineParameters, writer: CallWriter) -> Reading[bool]:
         source = self._source
@@ -179,14 +199,31 @@ class CallReader:
             key = yield from source.until([body.assign.strip()], _MAX_NAME_CHARACTERS)
             if key is None:
                 return False
-            value = yield from read_literal(source, body.quote)
-            if value is None:
-                return False
             bare_key = key[0].strip().strip("'\"")
-            writer.arguments(f"{', ' if count else '{'}{compact(bare_key)}: {value}")
+            writer.arguments(f"{', ' if count else '{'}{compact(bare_key)}: ")
+            if not (yield from self._inline_value(body.quote, writer)):
+                return False
             count += 1
         writer.arguments("}" if count else "{}")
         return True
+
+    def _inline_value(self, quote: str, writer: CallWriter) -> Reading[bool]:
+        source = self._source
+        yield from source.skip()
+        if quote and (yield from source.takes(quote)):
+            writer.arguments('"')
+            if not (yield from stream_string(source, writer, quote)):
+                return False
+            writer.arguments('"')
+            return True
+        if writer.streams and not quote:
+            # Held to a grammar, which lets JSON through.
+            return (yield from stream_value(source, writer))
+        start = source.position
+        value = yield from read_literal(source, quote)
+        written = source.text[start : source.position].strip()
+        writer.arguments(written if value and is_json(written) else value or "")
+        return value is not None
 
     def _takes_mark(self, mark: str) -> Reading[bool]:
         start = self._source.position
@@ -280,7 +317,7 @@ class _ObjectCall:
         start = source.position
         if first == "{" and self._has_name:
             self._has_arguments = True
-            return (yield from _stream_value(source, self._writer))
+            return (yield from stream_value(source, self._writer))
         if not (yield from read_value(source)):
             return False
         text = source.text[start : source.position]
@@ -304,15 +341,3 @@ def _is_object(text: str) -> bool:
         return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
         return False
-
-
-def _stream_value(source: Source, writer: CallWriter) -> Reading[bool]:
-    """Reads a JSON value whose text goes out as it comes, byte for byte."""
-    out = source.position
-
-    def report() -> None:
-        nonlocal out
-        writer.arguments(source.text[out : source.position])
-        out = source.position
-
-    return (yield from read_value(source, report))

@@ -110,3 +110,17 @@ class Source:
                 return None
             searched = max(start, len(self.text) - overlap) if found is None else searched
             yield
+
+
+def held(text: str, marks: Sequence[str]) -> int:
+    """Characters at the end of a text that may become one of the marks."""
+    longest = 0
+    for mark in marks:
+        first = mark[0]
+        place = text.find(first, max(0, len(text) - len(mark) + 1))
+        while place >= 0:
+            if mark.startswith(text[place:]):
+                longest = max(longest, len(text) - place)
+                break
+            place = text.find(first, place + 1)
+    return longest

@@ -10,9 +10,11 @@ from typing import TypeAlias
 
 from osaurus_grpc.chat.calls.json_text import read_value
 from osaurus_grpc.chat.calls.source import Reading, Source
+from osaurus_grpc.chat.turns import Numbers
 
-# Names of arguments whose values are strings that stand as they are.
-StringNames: TypeAlias = frozenset[str]
+# Names of arguments whose values are strings, and whether these stand as they are; else they may also be
+# written as JSON.
+StringNames: TypeAlias = Mapping[str, bool]
 
 # What may stand beside "type": "string" in a schema without making values that only JSON can write.
 _ANNOTATIONS = frozenset({"type", "title", "description", "default", "examples", "example", "enum", "const"})
@@ -24,13 +26,17 @@ _MAX_NESTING = 64
 def string_parameters(schema_json: str) -> StringNames:
     """Properties of an object schema that are strings and nothing but strings.
 
-    A string with a pattern, a format or a length is not among them: in syntaxes that write strings as
-    they are, those are written as JSON, so that a grammar can hold them to their schema.
+    In syntaxes that write strings as they are, those with a pattern, a format or a length are written as
+    JSON, so that a grammar can hold them to their schema.
     """
     properties = json.loads(schema_json).get("properties")
     if not isinstance(properties, Mapping):
-        return frozenset()
-    return frozenset(name for name, schema in properties.items() if is_plain_string(schema))
+        return {}
+    return {
+        name: is_plain_string(schema)
+        for name, schema in properties.items()
+        if isinstance(schema, Mapping) and schema.get("type") == "string"
+    }
 
 
 def is_plain_string(schema: object) -> bool:
@@ -46,17 +52,22 @@ def compact(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def value_json(text: str, *, is_string: bool) -> str:
+def escaped(text: str) -> str:
+    """Text as it stands between the quotes of a JSON string; that of parts joins to that of the whole."""
+    return compact(text)[1:-1]
+
+
+def value_json(text: str, *, is_string: bool = False) -> str:
     """The JSON of an argument that stands between marks.
 
     Args:
         text: What stands there.
-        is_string: It is a plain string.
+        is_string: It is a string, written as JSON or as it is.
     """
-    if is_string:
-        return compact(text)
     stripped = text.strip()
-    if _is_json(stripped):
+    if is_string:
+        return stripped if stripped.startswith('"') and is_json(stripped) else compact(text)
+    if is_json(stripped):
         return stripped
     try:
         return compact(ast.literal_eval(stripped))
@@ -64,7 +75,8 @@ def value_json(text: str, *, is_string: bool) -> str:
         return compact(text)
 
 
-def _is_json(text: str) -> bool:
+def is_json(text: str) -> bool:
+    """Whether the text is one JSON value."""
     source = Source()
     source.append(text)
     source.is_final = True
@@ -73,6 +85,21 @@ def _is_json(text: str) -> bool:
     except StopIteration as done:
         return bool(done.value) and source.position == len(text)
     return False
+
+
+def members(arguments: str) -> list[tuple[str, str, bool]]:
+    """An object's members: name, value as templates write it, and whether it is a string."""
+    numbers = Numbers()
+    try:
+        loaded = json.loads(arguments, parse_float=numbers.parse)
+    except (ValueError, RecursionError):
+        return []
+    if not isinstance(loaded, dict):
+        return []
+    return [
+        (key, value if isinstance(value, str) else numbers.restore(compact(value)), isinstance(value, str))
+        for key, value in loaded.items()
+    ]
 
 
 def read_literal(source: Source, quote: str, levels: int = _MAX_NESTING) -> Reading[str | None]:
@@ -120,7 +147,7 @@ def _quoted(source: Source) -> Reading[str | None]:
             break
     source.position = end
     literal = source.text[start:end]
-    if literal[0] == '"' and _is_json(literal):
+    if literal[0] == '"' and is_json(literal):
         return literal
     try:
         return compact(ast.literal_eval(literal.replace("\n", "\\n")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -59,11 +60,21 @@ def read(
     return reasoning, content, calls, whole
 
 
+FUZZED = [
+    families.HERMES, families.QWEN3_CODER, families.MISTRAL, families.LLAMA, families.GLM, families.MINICPM,
+    families.GEMMA_4, families.COMMAND_R, families.PYTHONIC, families.FUNCTIONARY_32,
+]  # fmt: skip
 PARTS = st.sampled_from(
     ["<think>", "</think>", "<tool_call>", "</tool_call>", '{"name": "f", "arguments": ', '{"a": "b"}',
      "}", "\n", "```json\n", "```", "assistant:", "Hello", " ", '{"x": 1}', "<", "[", "]", ",",
      '{"tool_calls": [', CALL,
      "[TOOL_CALLS]", "f[ARGS]", "<function=f>", "<parameter=a>", "</parameter>", "</function>",
+     "<tool_call>f", "<arg_key>a</arg_key>", "<arg_value>", "</arg_value>",
+     '<function name="f"><param name="a">', "<![CDATA[", "]]>", "</param>",
+     "<|tool_call>call:f{a:", '<|"|>', "}<tool_call|>",
+     "<tool_call>\n<function=f>\n<parameter=a>\n", "\n</parameter>\n</function>\n</tool_call>",
+     "Action: ", "Action: ```json\n[",
+     "[f(", "a=", ")", "<|python_start|>", ">>>", "all\n", 'f\n{"a": "b"}',
      "é", '"', "\\"]
 )  # fmt: skip
 
@@ -71,7 +82,7 @@ PARTS = st.sampled_from(
 @given(
     text=st.lists(PARTS, max_size=12).map("".join),
     cuts=st.lists(st.integers(0, 200), max_size=30),
-    syntax=st.sampled_from([families.HERMES, families.QWEN3_CODER, families.MISTRAL, families.LLAMA, None]),
+    syntax=st.sampled_from([*FUZZED, None]),
     is_reasoning=st.booleans(),
     streams=st.booleans(),
 )
@@ -120,6 +131,68 @@ def test_answers(text: str, expected: Answer) -> None:
     assert read([text]) == read(list(text)) == expected
 
 
+@pytest.mark.parametrize("syntax", [families.GRANITE, None], ids=["tools", "no tools"])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>Hm.</think><response>Yes.</response>", ("Hm.", "Yes.", [], 0)),
+        ("<think>Hm.</think>\n<response>\nYes <response>.</response>", ("Hm.", "Yes <response>.", [], 0)),
+        ("<think>Hm.</think>Yes.</response>", ("Hm.", "Yes.</response>", [], 0)),
+        ("What is <response>?</response>", ("", "What is <response>?</response>", [], 0)),
+        ("<think>Hm.</think><response>Cut</resp", ("Hm.", "Cut</resp", [], 0)),
+    ],
+)
+def test_an_answer_between_marks(text: str, expected: Answer, syntax: CallSyntax | None) -> None:
+    marks = ThinkMarks("<think>", "</think>", ("<response>", "</response>"))
+    assert read([text], marks=marks, syntax=syntax) == expected
+    assert read(list(text), marks=marks, syntax=syntax) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('[f(a="b")]', ("", "", [("f", '{"a": "b"}')], 1)),
+        ("\n[f(a='b'), f()]", ("", "", [("f", '{"a": "b"}'), ("f", "{}")], 2)),
+        ('<|python_start|>[f(a="b")]<|python_end|>', ("", "", [("f", '{"a": "b"}')], 1)),
+        ("[f(a=[1, {'x': True}])] Done.", ("", " Done.", [("f", '{"a": [1, {"x": true}]}')], 1)),
+        ("[1] says so.", ("", "[1] says so.", [], 0)),
+        ("[f is a function]", ("", "[f is a function]", [], 0)),
+        ('[g(a="b")]', ("", '[g(a="b")]', [], 0)),
+        ("[f(a=", ("", "[f(a=", [], 0)),
+        ('Call [f(a="b")] for it.', ("", 'Call [f(a="b")] for it.', [], 0)),
+    ],
+)
+def test_a_list_of_calls_as_in_a_program(text: str, expected: Answer) -> None:
+    assert read([text], syntax=families.PYTHONIC, marks=None) == expected
+    assert read(list(text), syntax=families.PYTHONIC, marks=None) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("all\nHello.", ("", "Hello.", [], 0)),
+        ('f\n{"a": "b"}', ("", "", [("f", '{"a": "b"}')], 1)),
+        ('f\n{"a": "b"}>>>f\n{}', ("", "", [("f", '{"a": "b"}'), ("f", "{}")], 2)),
+        ('all\nLet me see.>>>f\n{"a": "b"}', ("", "Let me see.", [("f", '{"a": "b"}')], 1)),
+        ('f\n{"a": "b"}>>>all\nAsked.', ("", "Asked.", [("f", '{"a": "b"}')], 1)),
+        ("all\n>>> print(1)\n1", ("", ">>> print(1)\n1", [], 0)),
+        ("f\nis a function.", ("", "f\nis a function.", [], 0)),
+        ("alloy", ("", "alloy", [], 0)),
+    ],
+)
+def test_an_answer_with_a_recipient(text: str, expected: Answer) -> None:
+    assert read([text], syntax=families.FUNCTIONARY_32, marks=None) == expected
+    assert read(list(text), syntax=families.FUNCTIONARY_32, marks=None) == expected
+
+
+def test_an_answer_to_the_user_where_there_are_no_tools() -> None:
+    for text in ("all\nHello >>> you", "Hello >>> you"):
+        for chunks in ([text], list(text)):
+            reader = AnswerReader(marks=None, syntax=families.FUNCTIONARY_32)
+            pieces = [piece for chunk in chunks for piece in reader.feed(chunk)] + reader.finish()
+            assert "".join(piece.text for piece in pieces) == "Hello >>> you"
+
+
 def test_reasoning_that_the_prompt_opened() -> None:
     assert read(list("Hm.</think>Yes."), is_reasoning=True) == ("Hm.", "Yes.", [], 0)
     assert read(list("<think>Hm.</think>Yes."), is_reasoning=True) == ("Hm.", "Yes.", [], 0)
@@ -154,3 +227,58 @@ def test_harmony(text: str, expected: Answer) -> None:
     for streams in (True, False):
         whole = read([text], syntax=families.HARMONY, marks=HARMONY, streams=streams)
         assert whole == read(list(text), syntax=families.HARMONY, marks=HARMONY, streams=streams) == expected
+
+
+@pytest.mark.parametrize(
+    ("syntax", "opening", "close", "end"),
+    [
+        (
+            families.QWEN3_CODER,
+            "<tool_call>\n<function=f>\n<parameter=a>\n",
+            "\n</parameter>",
+            "\n</function>\n</tool_call>",
+        ),
+        (families.GLM, "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>", "</arg_value>", "\n</tool_call>"),
+        (
+            families.MINICPM,
+            '<function name="f"><param name="a"><![CDATA[',
+            "]]></param>",
+            "</function>",
+        ),
+        (families.GEMMA_4, '<|tool_call>call:f{a:<|"|>', '<|"|>', "}<tool_call|>"),
+    ],
+    ids=["qwen3-coder", "glm", "minicpm", "gemma-4"],
+)
+def test_a_string_that_stands_as_it_is_streams(
+    syntax: CallSyntax, opening: str, close: str, end: str
+) -> None:
+    value = 'First "line",\n\tsecond \\ line </param eter> \U0001f995 <\n\n'
+    reader = AnswerReader(marks=None, syntax=syntax, tools=TOOLS, streams_calls=True)
+    written = "".join(piece.text for piece in reader.feed(opening) if piece.kind is PieceKind.CALL_ARGUMENTS)
+    assert written in ("", '{"a": ', '{"a": "')
+    for count, character in enumerate(value, start=1):
+        for piece in reader.feed(character):
+            assert piece.kind is PieceKind.CALL_ARGUMENTS
+            written += piece.text
+        # What may begin the mark behind the value waits, no more; an escape is never cut.
+        shown = json.loads(f'{written}"}}')["a"]
+        assert value.startswith(shown)
+        assert count - len(shown) < len("\n</parameter>")
+    rest = reader.feed(close + end) + reader.finish()
+    written += "".join(piece.text for piece in rest if piece.kind is PieceKind.CALL_ARGUMENTS)
+    assert json.loads(written) == {"a": value}
+    assert PieceKind.CALL_END in {piece.kind for piece in rest}
+
+
+def test_a_string_with_a_form_is_read_as_it_is_and_as_json() -> None:
+    tools = ToolTable.of(
+        [ToolSpec("f", parameters_json='{"properties":{"d":{"type":"string","maxLength":3}}}')]
+    )
+    for text in ("123", '"123"'):
+        reader = AnswerReader(marks=None, syntax=families.SEED, tools=tools)
+        answer = (
+            f"<seed:tool_call>\n<function=f>\n<parameter=d>{text}</parameter>\n</function>\n</seed:tool_call>"
+        )
+        pieces = reader.feed(answer) + reader.finish()
+        arguments = "".join(piece.text for piece in pieces if piece.kind is PieceKind.CALL_ARGUMENTS)
+        assert json.loads(arguments) == {"d": "123"}
