@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from osaurus_grpc import settings as core_settings
+from osaurus_grpc.server import start
 
 
 def set_up_logging(level: str) -> None:
@@ -34,12 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     settings = core_settings.read(arguments)
     set_up_logging(settings.log_level)
-    # Imported here: MLX, transformers and gRPC take seconds, and a wrong flag should not wait for them.
-    from osaurus_grpc.server import app
-
     try:
+        start.require_startable(settings)
+        # Imported here: MLX, transformers and gRPC take seconds, and a wrong flag should not wait for them.
+        from osaurus_grpc.server import app
+
         asyncio.run(app.serve(settings))
-    except app.StartError as error:
+    except start.StartError as error:
         sys.stderr.write(f"osaurus-core: {error}\n")
         return 1
     finally:

@@ -71,23 +71,31 @@ class InvalidRequestError(OsaurusError):
 
 
 class ContextLengthError(InvalidRequestError):
-    """The prompt does not fit the model's context.
+    """The prompt does not fit the model's context, or the memory there is for it.
 
     Args:
         limit: Tokens of prompt and answer that fit.
         prompt_tokens: The prompt's.
         field: Where the prompt is.
         is_estimate: The prompt has at least so many tokens, and was not tokenized to count them.
+        message: What is wrong, in full, where it is not the model's context.
     """
 
     reason = "CONTEXT_LENGTH_EXCEEDED"
 
     def __init__(
-        self, *, limit: int, prompt_tokens: int, field: str = "messages", is_estimate: bool = False
+        self,
+        *,
+        limit: int,
+        prompt_tokens: int,
+        field: str = "messages",
+        is_estimate: bool = False,
+        message: str = "",
     ) -> None:
         count = f"at least {prompt_tokens}" if is_estimate else str(prompt_tokens)
         super().__init__(
-            f"The prompt has {count} tokens; the model's context holds {limit}, the answer included.",
+            message
+            or f"The prompt has {count} tokens; the model's context holds {limit}, the answer included.",
             field=field,
             metadata={"limit": str(limit), "prompt_tokens": str(prompt_tokens)},
         )
@@ -226,7 +234,7 @@ class RateLimitedError(CapacityError):
 
 
 class InsufficientMemoryError(CapacityError):
-    """The model or the request needs more memory than there is."""
+    """The model needs more memory than there is."""
 
     code = "RESOURCE_EXHAUSTED"
     reason = "INSUFFICIENT_MEMORY"

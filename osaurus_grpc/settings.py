@@ -13,10 +13,12 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import configargparse
 
 DEFAULT_CONFIG_FILE = "~/.osaurus/config.toml"
+_MAX_SECONDS: Final = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,8 @@ class Settings:
         max_waiting_requests: Sequences waiting for a place in the batch, over all models.
         max_output_tokens: Cap of every request's max_tokens; 0 is none.
         prefill_chunk_tokens: Prompt tokens processed between two decode steps of running streams.
-        max_pause_steps: How many decode steps long a prefill chunk may make running streams pause.
+        max_pause_steps: Decode steps that the time between two tokens of a running stream may grow to while
+            a prompt is processed.
         prompt_cache_bytes: Of KV caches that each model keeps for requests that begin alike; 0 keeps
             none, negative takes a tenth of the memory.
         prompt_cache_bits: Of keys and values while they are kept so: 8, 4, or 0 for as they are. Recurrent
@@ -54,7 +57,7 @@ class Settings:
             at the start, whichever is less.
         prompt_lookup_tokens: Tokens that a request which runs alone guesses from its own text at most,
             to verify them in one pass; 0 guesses none. Pays where answers repeat their prompts.
-        draft_model: Guesses for all models where a request runs alone; of their vocabulary. "" is none.
+        draft_model: Guesses for all models of its vocabulary where a request runs alone. "" is none.
         draft_tokens: Tokens that it guesses at once at most.
         max_loaded_models: Models in memory at once; the least recently used idle one makes way.
         keep_alive_seconds: Unload a model that was not used for so long; negative is never.
@@ -68,6 +71,7 @@ class Settings:
         api_keys: Bearer keys that callers must show; none turns authentication off.
         insecure_expose: Allow another address than loopback without a key.
         drain_seconds: How long running requests may go on after SIGTERM.
+        send_timeout_seconds: How long a stream waits for a client that does not read, before it is ended.
         reject_shared_models_dir: Refuse to start where another server uses the models directory.
         metrics_port: Loopback port of the core's Prometheus metrics; 0 turns them off.
         log_level: Of the standard logging levels.
@@ -108,6 +112,7 @@ class Settings:
     api_keys: tuple[str, ...] = ()
     insecure_expose: bool = False
     drain_seconds: float = 30.0
+    send_timeout_seconds: float = 60.0
     reject_shared_models_dir: bool = True
     metrics_port: int = 0
     log_level: str = "info"
@@ -130,6 +135,19 @@ def whole(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
         return value
 
     parse.__name__ = "whole number"
+    return parse
+
+
+def seconds(minimum: float) -> Callable[[str], float]:
+    """An argparse type: a number of seconds, finite and of a least value."""
+
+    def parse(text: str) -> float:
+        value = float(text)
+        if not minimum <= value <= _MAX_SECONDS:
+            raise argparse.ArgumentTypeError(f"{text} is not a number of seconds of at least {minimum:g}")
+        return value
+
+    parse.__name__ = "number of seconds"
     return parse
 
 
@@ -204,8 +222,8 @@ def _add_limits(target: configargparse.ArgumentParser, defaults: Settings) -> No
         help="prompt tokens processed between two decode steps at most (default %(default)s)")  # fmt: skip
     add("--max-pause-steps", env_var="OSAURUS_MAX_PAUSE_STEPS", type=whole(1, 1024), metavar="N",
         default=defaults.max_pause_steps,
-        help="decode steps that running streams may miss while a prompt is processed "
-        "(default %(default)s)")  # fmt: skip
+        help="decode steps that the time between two tokens of a running stream may grow to while a "
+        "prompt is processed (default %(default)s)")  # fmt: skip
     add("--prompt-cache-bytes", env_var="OSAURUS_PROMPT_CACHE_BYTES", type=whole(-1, 2**62), metavar="N",
         default=defaults.prompt_cache_bytes,
         help="of KV caches that a model keeps for requests that begin alike, 0 for none "
@@ -226,8 +244,8 @@ def _add_limits(target: configargparse.ArgumentParser, defaults: Settings) -> No
         help="of the files there (default 30 GiB, or a quarter of the free space if less)")  # fmt: skip
     add("--max-loaded-models", env_var="OSAURUS_MAX_LOADED_MODELS", type=whole(1, 1024), metavar="N",
         default=defaults.max_loaded_models, help="models in memory (default %(default)s)")  # fmt: skip
-    add("--keep-alive-seconds", env_var="OSAURUS_KEEP_ALIVE_SECONDS", type=float, metavar="S",
-        default=defaults.keep_alive_seconds,
+    add("--keep-alive-seconds", env_var="OSAURUS_KEEP_ALIVE_SECONDS", type=seconds(-_MAX_SECONDS),
+        default=defaults.keep_alive_seconds, metavar="S",
         help="unload a model unused for so long, negative for never (default never)")  # fmt: skip
     add("--dtype", env_var="OSAURUS_DTYPE", default=defaults.dtype,
         choices=("auto", "native", "float32", "float16", "bfloat16"),
@@ -241,9 +259,12 @@ def _add_limits(target: configargparse.ArgumentParser, defaults: Settings) -> No
         "which other users of the machine cannot see")  # fmt: skip
     add("--insecure-expose", env_var="OSAURUS_INSECURE_EXPOSE", action="store_true",
         help="allow another address than loopback without a key")  # fmt: skip
-    add("--drain-seconds", env_var="OSAURUS_DRAIN_SECONDS", type=float, metavar="S",
+    add("--drain-seconds", env_var="OSAURUS_DRAIN_SECONDS", type=seconds(0.0), metavar="S",
         default=defaults.drain_seconds,
         help="how long running requests may go on after SIGTERM (default %(default)s)")  # fmt: skip
+    add("--send-timeout-seconds", env_var="OSAURUS_SEND_TIMEOUT_SECONDS", type=seconds(0.001), metavar="S",
+        default=defaults.send_timeout_seconds,
+        help="end a stream whose client takes nothing for so long (default %(default)s)")  # fmt: skip
     add("--share-models-dir", env_var="OSAURUS_SHARE_MODELS_DIR", action="store_true",
         help="start although another server uses the models directory")  # fmt: skip
     add("--metrics-port", env_var="OSAURUS_METRICS_PORT", type=whole(0, 65535), metavar="PORT",
@@ -261,7 +282,7 @@ def _add_speculation(target: configargparse.ArgumentParser, defaults: Settings) 
         help="tokens that a request which runs alone guesses from its own text, to verify them in one "
         "pass; the answer stays the same (default 0: off)")  # fmt: skip
     add("--draft-model", env_var="OSAURUS_DRAFT_MODEL", default="", metavar="NAME",
-        help="a small model of the same vocabulary that guesses for a request which runs alone "
+        help="a small model that guesses for a request which runs alone, of models of its vocabulary "
         "(default none)")  # fmt: skip
     add("--draft-tokens", env_var="OSAURUS_DRAFT_TOKENS", type=whole(1, 64), metavar="N",
         default=defaults.draft_tokens,
@@ -324,6 +345,7 @@ def from_namespace(values: argparse.Namespace) -> Settings:
         api_keys=tuple(values.api_key),
         insecure_expose=values.insecure_expose,
         drain_seconds=values.drain_seconds,
+        send_timeout_seconds=values.send_timeout_seconds,
         reject_shared_models_dir=not values.share_models_dir,
         metrics_port=values.metrics_port,
         log_level=values.log_level,

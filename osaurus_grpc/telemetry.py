@@ -29,6 +29,7 @@ _ENGINE_GAUGES: Final = (
     ("osaurus_kv_kept_bytes", "KV caches kept for requests that begin alike.", "kv_kept_bytes"),
     ("osaurus_kv_budget_bytes", "What all KV caches together may take.", "kv_budget_bytes"),
     ("osaurus_kv_disk_bytes", "KV caches in files.", "kv_disk_bytes"),
+    ("osaurus_kv_disk_failing", "1 while KV caches cannot be written to files.", "kv_disk_failing"),
     ("osaurus_kv_preemptions", "Times a sequence gave its place back for want of memory.", "preemptions"),
 )
 _ENGINE_COUNTERS: Final = (

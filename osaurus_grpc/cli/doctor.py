@@ -57,6 +57,8 @@ def main(arguments: Sequence[str]) -> int:
     print(details(_choices(platform.describe(core.dtype), core)), flush=True)
     for warning in platform.describe(core.dtype).warnings:
         note(f"warning: {warning}.")
+    if core.draft_model:
+        print(details([("draft model", draft_text(catalog(core), core.draft_model))]), flush=True)
     print("\nmeasured now:", flush=True)
     return asyncio.run(_measure(entry, core))
 
@@ -69,6 +71,21 @@ def _model(models: Catalog, name: str) -> ModelEntry | None:
         except ModelNotFoundError as error:
             raise CommandError(f"{error.message}.") from None
     return min(models.entries(), key=lambda entry: entry.size_bytes, default=None)
+
+
+def draft_text(models: Catalog, name: str) -> str:
+    """For which of the installed models the draft model can guess."""
+    from osaurus_grpc.models.loading import drafted_models
+
+    try:
+        draft = models.find(name)
+        others = [entry for entry in models.entries() if entry.id != draft.id]
+        helped = [entry.id for entry in drafted_models(draft, others)]
+    except OsaurusError as error:
+        return error.message
+    unhelped = [entry.id for entry in others if entry.id not in helped]
+    text = f"{draft.id}: guesses for {', '.join(helped) or 'no installed model'}"
+    return text + (f"; not for {', '.join(unhelped)}, of another vocabulary" if unhelped else "")
 
 
 def _choices(report: PlatformReport, core: Settings) -> list[tuple[str, str]]:
@@ -86,9 +103,17 @@ def _choices(report: PlatformReport, core: Settings) -> list[tuple[str, str]]:
     if report.blas is not None:
         blas = report.blas
         pairs.append(("BLAS", f"{blas.name}, {_plural(blas.threads, 'thread')}: {blas.reason}"))
+        kernels = "our own, compiled at installation" if blas.kernels else _NO_KERNELS
+        pairs.append(("CPU kernels", kernels))
     pairs.append(("memory", f"{size_text(report.memory_bytes)} for models"))
     pairs.append(("models directory", str(core.models_dir)))
     return pairs
+
+
+_NO_KERNELS = (
+    "those of the BLAS, MLX and numpy, which are slower; ours need x86-64 Linux with AVX2, and a C compiler "
+    "when Osaurus is installed"
+)
 
 
 def _plural(count: int, noun: str) -> str:

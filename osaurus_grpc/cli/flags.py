@@ -51,8 +51,8 @@ class FlagGroup:
                 options["help"] = str(options["help"]).replace("%(default)s", str(default))
             if callable(check := options.get("type")):
                 options["type"] = _as_written(check)
-            # argparse's own signature has no room for options passed on as they came.
-            self._known[flag] = self._group.add_argument(*names, **options)  # type: ignore[arg-type]
+            # The signature it is typed with has no room for options passed on as they came.
+            self._known[flag] = self._group.add_argument(*names, **options)  # type: ignore[arg-type]  # as said
         self._flags[flag] = self._known[flag]
 
     def command_line(self, values: argparse.Namespace) -> list[str]:

@@ -7,6 +7,7 @@ wait for MLX or gRPC. Exit statuses: 0 done, 1 failed, 2 wrong usage, 130 interr
 from __future__ import annotations
 
 import copy
+import difflib
 import importlib
 import logging
 import os
@@ -104,7 +105,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
         if command.name == name:
             return command.load()(rest)
     print(usage(), file=sys.stderr)
-    note(f"there is no command {name!r}.")
+    close = difflib.get_close_matches(name, [command.name for command in COMMANDS], n=1)
+    note(f"there is no command {name!r}" + (f"; did you mean {close[0]}?" if close else "."))
     return 2
 
 

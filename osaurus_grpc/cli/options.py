@@ -11,10 +11,23 @@ if TYPE_CHECKING:
     from osaurus_grpc.models.catalog import Catalog
 
 
-def command_parser(name: str, description: str, *, epilog: str = "") -> argparse.ArgumentParser:
-    """A parser of one subcommand's arguments."""
+def command_parser(
+    name: str, description: str, *, epilog: str = "", usage: str | None = None
+) -> argparse.ArgumentParser:
+    """A parser of one subcommand's arguments.
+
+    Args:
+        name: The subcommand.
+        description: What it does.
+        epilog: What --help ends with.
+        usage: Its arguments in short, where all of them would bury the error above which they stand.
+    """
     return argparse.ArgumentParser(
-        prog=f"osaurus {name}", description=description, epilog=epilog, allow_abbrev=False
+        prog=f"osaurus {name}",
+        description=description,
+        epilog=epilog,
+        usage=None if usage is None else f"osaurus {name} {usage}",
+        allow_abbrev=False,
     )
 
 

@@ -52,6 +52,7 @@ def read_plan(arguments: Sequence[str]) -> Plan:
     parser = command_parser(
         "serve",
         "Start a server: the gRPC core with its models, and the HTTP server in front of it.",
+        usage="[--model NAME] [FLAG ...] (--help lists the flags)",
         epilog="Every flag can also be set in the environment or in ~/.osaurus/config.toml; see the README.",
     )
     parser.add_argument(

@@ -97,6 +97,7 @@ def _context_length(
         limit=int(metadata.get("limit") or 0),
         prompt_tokens=int(metadata.get("prompt_tokens") or 0),
         field=_field(status),
+        message=message,
     )
 
 

@@ -8,7 +8,9 @@ from functools import partial
 from typing import Final
 
 from osaurus_grpc.chat.calls.answer import AnswerReader
-from osaurus_grpc.chat.calls.lark import CallGrammar, CheckedTool, call_grammar, checked_tool
+from osaurus_grpc.chat.calls.lark import CallGrammar, call_grammar
+from osaurus_grpc.chat.calls.rules import CheckedTool, checked_tool
+from osaurus_grpc.chat.channels import ChannelGate
 from osaurus_grpc.chat.constraint import EitherConstraint
 from osaurus_grpc.chat.detokenize import token_bytes
 from osaurus_grpc.chat.gate import ReasoningGate
@@ -89,7 +91,7 @@ def _before_answer(model: LoadedModel, style: ChatStyle) -> Trigger | None:
 async def _calls(
     request: chat_pb2.ChatRequest, model: LoadedModel, style: ChatStyle, grammars: Grammars, *, has_form: bool
 ) -> Constraint | None:
-    """Holds calls to the tools' schemas: forced ones at once, others from the mark that opens one.
+    """Holds calls to the tools' schemas: forced ones at once, others from what opens one.
 
     Where an answer that is no call has a form of its own, calls are all there is, too.
     """
@@ -115,7 +117,7 @@ async def _calls(
             raise
         # The model is free to call or not; what it writes is read without being held to a form.
         return None
-    if is_forced:
+    if is_forced or not (grammar.trigger or grammar.trigger_ids):
         return compiled.constraint()
     begin = Trigger(token_ids=grammar.trigger_ids, text=grammar.trigger, is_required=False)
     return compiled.constraint(begin, repeats=grammar.repeats)
@@ -145,9 +147,13 @@ def _gated(
     """The constraint, held back until the reasoning is over."""
     limit = request.max_reasoning_tokens if request.HasField("max_reasoning_tokens") else None
     is_forced = request.tool_choice.mode in _FORCED or has_form
-    if (inner is None and limit is None) or (style.marks is HARMONY and is_forced):
-        # Harmony's grammar has a place for reasoning of its own, and its answers begin behind theirs.
-        return inner
+    if inner is None and limit is None:
+        return None
+    if style.marks is HARMONY:
+        # Its grammar has a place for reasoning of its own, and its answers begin behind theirs.
+        return ChannelGate(
+            model.tokenizer, inner, vocab_size=model.vocab_size, max_tokens=limit, waits=not is_forced
+        )
     reasoning = reasoning_of(model.tokenizer, style.marks, is_open=is_open, max_tokens=limit)
     if reasoning is None:
         return inner

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +26,6 @@ from osaurus_grpc.engine.prefix_files import PrefixDirectoryError, PrefixFiles
 from osaurus_grpc.errors import EngineError, OsaurusError
 from osaurus_grpc.models import platform
 from osaurus_grpc.models.catalog import Catalog
-from osaurus_grpc.models.ownership import ModelsDirInUseError, models_dir_lock
 from osaurus_grpc.models.residency import Residency
 from osaurus_grpc.server.admission import Admission
 from osaurus_grpc.server.calls import CallsInProgress
@@ -42,7 +39,15 @@ from osaurus_grpc.server.models import ModelService
 from osaurus_grpc.server.records import RecordService, RecordStore
 from osaurus_grpc.server.reflection import add_reflection
 from osaurus_grpc.server.sessions import Sessions
-from osaurus_grpc.settings import Settings, is_loopback
+from osaurus_grpc.server.start import (
+    METRICS_HOST,
+    StartError,
+    address_of,
+    bind_failure,
+    models_dir_of,
+    require_listening,
+)
+from osaurus_grpc.settings import Settings
 from osaurus_grpc.telemetry import Telemetry
 from osaurus_grpc.v1 import inference_service_pb2, model_service_pb2, record_service_pb2
 from osaurus_grpc.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
@@ -75,54 +80,6 @@ _OPTIONS: Final = (
 _GOODBYE_SECONDS: Final = 1.0
 
 logger = logging.getLogger(__name__)
-
-
-class StartError(Exception):
-    """The core cannot start, or cannot go on; the text is for the person who started it."""
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def require_bindable(host: str, port: int) -> None:
-    """Bind for a moment, since gRPC's own failure does not tell why.
-
-    Raises:
-        StartError: The port is taken, or the host is not of this machine.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        raise StartError(f"cannot listen on {_address(host, port)}: unknown host") from error
-    failures = []
-    for family, kind, protocol, _, address in found:
-        try:
-            with socket.socket(family, kind, protocol) as probe:
-                # As gRPC does: connections of a server that just ended do not keep the port.
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-                probe.listen(1)
-        except OSError as error:
-            failures.append(error)
-    # "localhost" often has an IPv6 address on machines without IPv6: one good address is enough,
-    # unless somebody else answers on another.
-    taken = [error for error in failures if error.errno == errno.EADDRINUSE]
-    if taken or len(failures) == len(found):
-        failure = (taken or failures)[0]
-        raise StartError(_bind_failure(_address(host, port), failure, "--grpc-port")) from failure
-
-
-def _bind_failure(address: str, error: OSError, flag: str) -> str:
-    match error.errno:
-        case errno.EADDRINUSE:
-            return f"cannot listen on {address}: the port is taken; choose another with {flag}"
-        case errno.EADDRNOTAVAIL:
-            return f"cannot listen on {address}: no such address on this machine"
-        case errno.EACCES | errno.EPERM:
-            return f"cannot listen on {address}: not permitted"
-        case _:
-            return f"cannot listen on {address}: {error.strerror or 'the system refuses'}"
 
 
 class Core:
@@ -197,7 +154,10 @@ class Core:
             telemetry=self.telemetry,
         )
         interceptor = CallInterceptor(
-            keys=Keys(settings.api_keys), calls=self.calls, telemetry=self.telemetry
+            keys=Keys(settings.api_keys),
+            calls=self.calls,
+            telemetry=self.telemetry,
+            send_timeout_seconds=settings.send_timeout_seconds,
         )
         server = grpc.aio.server(interceptors=(interceptor,), options=_OPTIONS)
         add_InferenceServiceServicer_to_server(
@@ -218,7 +178,7 @@ class Core:
     @property
     def address(self) -> str:
         """Where it listens, as HOST:PORT."""
-        return _address(self._settings.host, self.port)
+        return address_of(self._settings.host, self.port)
 
     async def bind(self) -> None:
         """Listen and start the engine; health says NOT_SERVING until prepare() is done.
@@ -230,26 +190,19 @@ class Core:
                 engine's self-test failed.
         """
         settings = self._settings
-        if not all(key.strip() for key in settings.api_keys):
-            raise StartError("an API key is empty; anyone could show that one")
-        if not (is_loopback(settings.host) or settings.api_keys or settings.insecure_expose):
-            raise StartError(
-                f"refusing to listen on {settings.host}, which others can reach, without a key: "
-                "set OSAURUS_API_KEY, or pass --insecure-expose to do it all the same"
-            )
-        require_bindable(settings.host, settings.grpc_port)
+        require_listening(settings)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
-            self.port = self._server.add_insecure_port(_address(settings.host, settings.grpc_port))
+            self.port = self._server.add_insecure_port(address_of(settings.host, settings.grpc_port))
         except RuntimeError as error:
-            message = f"cannot listen on {_address(settings.host, settings.grpc_port)}: it was just taken"
+            message = f"cannot listen on {address_of(settings.host, settings.grpc_port)}: it was just taken"
             raise StartError(message) from error
         if settings.metrics_port:
             try:
                 self._end_metrics = self.telemetry.expose(settings.metrics_port)
             except OSError as error:
-                address = _address("127.0.0.1", settings.metrics_port)
-                raise StartError(_bind_failure(address, error, "--metrics-port")) from error
+                address = address_of(METRICS_HOST, settings.metrics_port)
+                raise StartError(bind_failure(address, error, "--metrics-port")) from error
         try:
             await self.engine.start()
         except RuntimeError as error:
@@ -260,13 +213,13 @@ class Core:
         """Load the model that is asked for, and report that the core serves.
 
         Raises:
-            StartError: The model is unknown or cannot be loaded, or the draft model is unknown or has
-                another vocabulary.
+            StartError: The model is unknown or cannot be loaded, or the draft model is unknown or cannot
+                be loaded or cannot draft.
         """
         draft = self._settings.draft_model
         if draft:
             try:
-                await asyncio.to_thread(self._catalog.find, draft)
+                await self.residency.load_draft()
             except OsaurusError as error:
                 raise StartError(f"cannot draft with the model {draft}: {error.message}") from error
         name = self._settings.preload_model
@@ -344,16 +297,8 @@ async def serve(settings: Settings) -> None:
     Raises:
         StartError: It cannot start, or its MLX thread died.
     """
-    try:
-        with models_dir_lock(settings.models_dir, is_shared=not settings.reject_shared_models_dir):
-            await _serve(settings)
-    except ModelsDirInUseError:
-        raise StartError(
-            f"another server uses the models directory {settings.models_dir}; stop it, choose another with "
-            "--models-dir, or pass --share-models-dir to run beside it"
-        ) from None
-    except FileNotFoundError:
-        raise StartError(f"the models directory {settings.models_dir} does not exist") from None
+    with models_dir_of(settings):
+        await _serve(settings)
 
 
 async def _serve(settings: Settings) -> None:

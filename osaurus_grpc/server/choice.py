@@ -45,7 +45,6 @@ class Choice:
     Attributes:
         is_finished: The answer ended and its choice_finished event was made.
         token_ids: Tokens of the answer so far.
-        reasoning_tokens: Those of them that are reasoning.
         cached_tokens: Prompt tokens whose KV cache was reused.
         queue_seconds: What it waited for a place in the batch.
         prompt_seconds: From its admission to its first token.
@@ -74,12 +73,12 @@ class Choice:
         self._wants_logprobs = wants_logprobs
         self._wants_token_ids = wants_token_ids
         self._pending: deque[Token] = deque()
+        self._end_token: Token | None = None
         self._token_bytes: Callable[[int], bytes] = lambda token_id: token_bytes(tokenizer, token_id)
         self._admitted = 0.0
         self._first_token = 0.0
         self.is_finished = False
         self.token_ids: list[int] = []
-        self.reasoning_tokens = 0
         self.cached_tokens = 0
         self.queue_seconds = 0.0
         self.prompt_seconds = 0.0
@@ -89,6 +88,11 @@ class Choice:
     def completion_tokens(self) -> int:
         """Tokens of the answer so far."""
         return len(self.token_ids)
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Those of them that lie between the marks around reasoning."""
+        return self._assembler.reasoning_tokens
 
     def admitted(self, event: PrefillStarted) -> None:
         """The choice has a place in the batch."""
@@ -130,6 +134,7 @@ class Choice:
         if self._end_tokens:
             for index, token in enumerate(tokens):
                 if token.token_id in self._end_tokens:
+                    self._end_token = token
                     return tokens[:index]
         return tokens
 
@@ -137,6 +142,7 @@ class Choice:
         """The engine ended the sequence: what text is left, and the end."""
         self.prompt_seconds = event.prompt_seconds
         self.decode_seconds = event.decode_seconds
+        self._end_token = event.end_token
         match event.cause:
             case StopCause.END_OF_SEQUENCE:
                 end = AnswerEnd.STOP
@@ -175,6 +181,8 @@ class Choice:
             stop_sequence=end.stop_sequence,
             token_ids=self.token_ids if self._wants_token_ids else (),
         )
+        if self._wants_logprobs and self._end_token is not None:
+            finished.end_logprob.CopyFrom(logprobs_to_proto(self._end_token, self._token_bytes))
         events.append(chat_pb2.ChatStreamResponse(choice_finished=finished))
         return events
 
@@ -187,7 +195,6 @@ class Choice:
         index = self._index
         match event:
             case ReasoningDelta(text, count):
-                self.reasoning_tokens += count
                 reasoning = chat_pb2.ReasoningDelta(choice_index=index, text=text, token_count=count)
                 return chat_pb2.ChatStreamResponse(reasoning=reasoning)
             case ToolCallStarted(call, call_id, name, count):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from osaurus_grpc.chat import raw
@@ -12,10 +13,13 @@ from osaurus_grpc.chat.stable_prefix import StablePrefixes
 from osaurus_grpc.chat.template import Rendering, apply_template, is_continuation
 from osaurus_grpc.chat.transcript import Transcript, encode_after
 from osaurus_grpc.chat.types import Message
+from osaurus_grpc.errors import CapabilityError
 from osaurus_grpc.models.residency import LoadedModel
+from osaurus_grpc.models.vision.image_prompt import ImagePrompt
+from osaurus_grpc.models.vision.reader import ImageFile
 from osaurus_grpc.server.convert import message_from_proto, template_arguments, visible_tools
 from osaurus_grpc.server.fold import ChatFold
-from osaurus_grpc.server.prompts import Prompt, require_fit
+from osaurus_grpc.server.prompts import Prompt, context_limit, require_fit
 from osaurus_grpc.server.sessions import History
 from osaurus_grpc.v1 import chat_pb2
 
@@ -44,7 +48,10 @@ class Conversation:
         self._request = request
         self._prefixes = prefixes
         self._is_counted = is_counted
-        self._messages = history.continued_by([message_from_proto(m) for m in request.messages])
+        self._messages = history.continued_by(
+            [message_from_proto(m, f"messages[{i}]") for i, m in enumerate(request.messages)]
+        )
+        self._images = [image for message in self._messages for image in message.images]
         self._remembered = history
         self._model: LoadedModel | None = None
         self._rendering: Rendering | None = None
@@ -59,7 +66,7 @@ class Conversation:
 
         Raises:
             InvalidRequestError: The model's template refuses the conversation, or it cannot fit.
-            CapabilityError: The model has no chat template.
+            CapabilityError: The model has no chat template, or takes no images.
         """
         is_short = sum(len(message.content) for message in self._messages) < _SHORT_PROMPT_CHARACTERS
         self._model = model
@@ -71,7 +78,32 @@ class Conversation:
             stable_tokens = 0
             token_ids = raw.without_beginning(model.tokenizer, token_ids)
         self._prompt = (*context, *token_ids)
-        return Prompt(self._prompt, is_continued=is_continuation(self._messages), stable_tokens=stable_tokens)
+        prompt = Prompt(
+            self._prompt, is_continued=is_continuation(self._messages), stable_tokens=stable_tokens
+        )
+        if not self._images:
+            return prompt
+        images = await self._with_images(model, token_ids)
+        return replace(prompt, token_ids=images.token_ids, images=images)
+
+    async def _with_images(self, model: LoadedModel, token_ids: Sequence[int]) -> ImagePrompt:
+        """The rendered tokens with those of the images in their places."""
+        reader = model.images
+        if reader is None:
+            raise CapabilityError(
+                f"Model '{model.entry.id}' does not take images.",
+                capability="vision",
+                field=self._images[0].field,
+            )
+        request = self._request
+        work = partial(
+            reader.prompt,
+            request.context_token_ids,
+            token_ids,
+            [ImageFile(image.data, image.field) for image in self._images],
+            limit=None if self._is_counted else context_limit(request, model.context_length),
+        )
+        return await asyncio.get_running_loop().run_in_executor(reader.threads, work)
 
     def _rendered(self, model: LoadedModel) -> tuple[Rendering, list[int], int]:
         """The conversation as text and as tokens, and how many of these are stable."""

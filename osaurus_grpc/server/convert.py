@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeAlias
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from osaurus_grpc.chat.types import JSON, Message, Role, ToolCall, ToolSpec
+from osaurus_grpc.chat.types import JSON, Image, Message, Role, ToolCall, ToolSpec
 from osaurus_grpc.engine.types import SamplingParams, Token, TokenLogprob
 from osaurus_grpc.models.catalog import Capability, ModelEntry
 from osaurus_grpc.models.residency import Residence, ResidenceState
@@ -49,11 +49,24 @@ _STATES: Final[Mapping[ResidenceState, model_pb2.ModelState.ValueType]] = Mappin
 )
 
 
-def message_from_proto(message: chat_pb2.Message) -> Message:
-    """A validated message; its text parts joined in order."""
+def message_from_proto(message: chat_pb2.Message, path: str = "") -> Message:
+    """A validated message; its text parts joined in order.
+
+    Args:
+        message: The message.
+        path: Where it is in the request.
+    """
+    content = "".join(part.text for part in message.content)
+    images: list[Image] = []
+    done = 0
+    for index, part in enumerate(message.content):
+        if part.HasField("image"):
+            images.append(Image(part.image.data, len(content) - done, f"{path}.content[{index}].image"))
+        done += len(part.text)
     return Message(
         role=_ROLES[message.role],
-        content="".join(part.text for part in message.content),
+        content=content,
+        images=tuple(images),
         name=message.name,
         tool_calls=tuple(
             ToolCall(id=call.id, name=call.function.name, arguments_json=call.function.arguments_json)
@@ -155,8 +168,43 @@ def logprobs_to_proto(token: Token, token_bytes: Callable[[int], bytes]) -> samp
     )
 
 
-def completion_event(event: chat_pb2.ChatStreamResponse) -> completion_pb2.CompleteStreamResponse:
+def prompt_logprobs_to_proto(
+    tokens: Sequence[Token], token_bytes: Callable[[int], bytes]
+) -> completion_pb2.PromptLogprobs:
+    """Some of a prompt's tokens, with their log-probabilities but for the first of the prompt.
+
+    Args:
+        tokens: At least one.
+        token_bytes: Gives the bytes of a token id.
+    """
+    return completion_pb2.PromptLogprobs(
+        tokens=[
+            sampling_pb2.PromptTokenLogprob(
+                token=token_bytes(token.token_id),
+                token_id=token.token_id,
+                logprob=token.logprob,
+                top=[_logprob_to_proto(other, token_bytes) for other in token.top],
+            )
+            for token in tokens
+        ]
+    )
+
+
+# What an admitted request's events are made as, chat and completion alike.
+RunEvent: TypeAlias = chat_pb2.ChatStreamResponse | completion_pb2.PromptLogprobs
+
+
+def chat_event(event: RunEvent) -> chat_pb2.ChatStreamResponse:
+    """An event of an answer to a conversation, whose prompt is not scored."""
+    if isinstance(event, completion_pb2.PromptLogprobs):
+        raise AssertionError("log-probabilities of a conversation's prompt")
+    return event
+
+
+def completion_event(event: RunEvent) -> completion_pb2.CompleteStreamResponse:
     """An event of an answer to a raw prompt, which holds no reasoning and no calls."""
+    if isinstance(event, completion_pb2.PromptLogprobs):
+        return completion_pb2.CompleteStreamResponse(prompt_logprobs=event)
     match event.WhichOneof("event"):
         case "content":
             return completion_pb2.CompleteStreamResponse(content=event.content)
@@ -179,6 +227,7 @@ def model_to_proto(
     model = model_pb2.Model(
         id=entry.id,
         repo_id=entry.repo_id,
+        alias_of=entry.alias_of,
         size_bytes=entry.size_bytes,
         digest=entry.digest,
         architecture=entry.architecture,
@@ -192,6 +241,7 @@ def model_to_proto(
         chat_template=chat_template,
         is_default=is_default,
         device=residence.device,
+        draft_model=residence.draft_id,
     )
     model.modify_time.CopyFrom(_timestamp(entry.modify_time))
     if residence.expire_time is not None:

@@ -69,6 +69,8 @@ class ChatFold:
                 stop_sequence=finished.stop_sequence,
                 token_ids=finished.token_ids,
             )
+            if finished.HasField("end_logprob"):
+                choice.end_logprob.CopyFrom(finished.end_logprob)
             choice.message.role = chat_pb2.ROLE_ASSISTANT
             text = "".join(self._texts.get(index, ()))
             calls = self._calls.get(index, {})
@@ -106,6 +108,8 @@ class CompletionFold:
                 self._texts.setdefault(delta.choice_index, []).append(delta.text)
                 if delta.logprobs:
                     self._logprobs.setdefault(delta.choice_index, []).extend(delta.logprobs)
+            case "prompt_logprobs":
+                self._response.prompt_logprobs.extend(event.prompt_logprobs.tokens)
             case "started":
                 self._response.id = event.started.id
                 self._response.model = event.started.model
@@ -129,6 +133,8 @@ class CompletionFold:
                 stop_sequence=finished.stop_sequence,
                 token_ids=finished.token_ids,
             )
+            if finished.HasField("end_logprob"):
+                choice.end_logprob.CopyFrom(finished.end_logprob)
             if self._wants_logprobs:
                 choice.logprobs.SetInParent()
                 choice.logprobs.tokens.extend(self._logprobs.get(index, ()))

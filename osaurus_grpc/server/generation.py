@@ -7,27 +7,28 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from osaurus_grpc.chat.grammar import Grammars
 from osaurus_grpc.chat.stable_prefix import StablePrefixes
+from osaurus_grpc.engine.arrivals import Arrival
 from osaurus_grpc.engine.engine import Engine
 from osaurus_grpc.models.catalog import ModelEntry
-from osaurus_grpc.models.residency import LoadedModel, Residency
+from osaurus_grpc.models.residency import LoadedModel, ResidenceState, Residency
 from osaurus_grpc.server import calls
 from osaurus_grpc.server.admission import Admission
 from osaurus_grpc.server.answering import answering, completion_answering
 from osaurus_grpc.server.conversation import Conversation
-from osaurus_grpc.server.convert import completion_event, seconds_from_duration
+from osaurus_grpc.server.convert import RunEvent, chat_event, completion_event, seconds_from_duration
 from osaurus_grpc.server.listing import Listing
 from osaurus_grpc.server.prompts import Prompt, Request, completion_prompt
-from osaurus_grpc.server.run import Run, output_budget
+from osaurus_grpc.server.run import Run, choice_count, output_budget
 from osaurus_grpc.server.sessions import SessionKey, Sessions
 from osaurus_grpc.server.validation import (
     chat_violations,
     completion_violations,
     model_violations,
-    require_completion_supported,
-    require_supported,
+    require_images_taken,
     require_valid,
 )
 from osaurus_grpc.telemetry import Telemetry
@@ -41,6 +42,25 @@ def keep_alive_seconds(request: Request) -> float | None:
 
 def _session_key(request: chat_pb2.ChatRequest, entry: ModelEntry) -> SessionKey:
     return SessionKey(calls.current().caller, entry.id, request.session_id)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A validated request on its way.
+
+    Attributes:
+        request: What was asked.
+        entry: Its model.
+        make_prompt: Makes what the answers continue.
+        arrival: Announces it to the engine.
+        wants_progress: Report how far the prompt is processed.
+    """
+
+    request: Request
+    entry: ModelEntry
+    make_prompt: Callable[[LoadedModel], Awaitable[Prompt]]
+    arrival: Arrival
+    wants_progress: bool
 
 
 class Generation:
@@ -94,23 +114,22 @@ class Generation:
             OsaurusError: Anything that errors.py lists.
         """
         require_valid(chat_violations(request))
-        require_supported(request)
 
-        entry = await self._listing.find(request.model)
-        with self._sessions.turn(_session_key(request, entry)) as turn:
-            conversation = Conversation(request, turn.history, self._prefixes)
+        with self._engine.expecting(choice_count(request)) as arrival:
+            entry = await self._listing.find(request.model)
+            require_images_taken(request, entry)
+            with self._sessions.turn(_session_key(request, entry)) as turn:
+                conversation = Conversation(request, turn.history, self._prefixes)
 
-            def observe(event: chat_pb2.ChatStreamResponse, run: Run) -> None:
-                # Kept before the last event is out, for a caller that goes on at once.
-                if turn.is_kept and conversation.observe(event):
-                    turn.keep(conversation.history(run.choices[0].token_ids))
+                def observe(event: RunEvent, run: Run) -> None:
+                    # Kept before the last event is out, for a caller that goes on at once.
+                    if turn.is_kept and conversation.observe(chat_event(event)):
+                        turn.keep(conversation.history(run.choices[0].token_ids))
 
-            answered = self._answered(
-                request, entry, conversation.prompt, observe=observe, wants_progress=wants_progress
-            )
-            async with aclosing(answered) as events:
-                async for event in events:
-                    yield event
+                asked = _Asked(request, entry, conversation.prompt, arrival, wants_progress)
+                async with aclosing(self._answered(asked, observe)) as events:
+                    async for event in events:
+                        yield chat_event(event)
 
     async def chat_prompt(self, request: chat_pb2.ChatRequest, model: LoadedModel) -> Prompt:
         """The prompt that chat() would send; its session is left alone.
@@ -127,33 +146,29 @@ class Generation:
     ) -> AsyncGenerator[completion_pb2.CompleteStreamResponse, None]:
         """The events of a text's continuation; as chat()."""
         require_valid(completion_violations(request))
-        require_completion_supported(request)
 
         async def prompt(model: LoadedModel) -> Prompt:
             return await completion_prompt(request, model)
 
-        entry = await self._listing.find(request.model)
-        answered = self._answered(request, entry, prompt, wants_progress=wants_progress)
-        async with aclosing(answered) as events:
-            async for event in events:
-                yield completion_event(event)
+        with self._engine.expecting(choice_count(request)) as arrival:
+            entry = await self._listing.find(request.model)
+            asked = _Asked(request, entry, prompt, arrival, wants_progress)
+            async with aclosing(self._answered(asked)) as events:
+                async for event in events:
+                    yield completion_event(event)
 
     async def _answered(
-        self,
-        request: Request,
-        entry: ModelEntry,
-        make_prompt: Callable[[LoadedModel], Awaitable[Prompt]],
-        *,
-        observe: Callable[[chat_pb2.ChatStreamResponse, Run], None] = lambda event, run: None,
-        wants_progress: bool,
-    ) -> AsyncGenerator[chat_pb2.ChatStreamResponse, None]:
-        call = calls.current()
+        self, asked: _Asked, observe: Callable[[RunEvent, Run], None] = lambda event, run: None
+    ) -> AsyncGenerator[RunEvent, None]:
+        call, request, entry = calls.current(), asked.request, asked.entry
         call.model = entry.id
         with self._admission.admit(entry.id):
+            if self._residency.residence(entry.id).state is not ResidenceState.LOADED:
+                asked.arrival.delayed()
             async with self._residency.lease(entry, keep_alive_seconds(request)) as lease:
                 model = lease.model
                 require_valid(model_violations(request, model.vocab_size))
-                prompt = await make_prompt(model)
+                prompt = await asked.make_prompt(model)
                 call.prompt_tokens = len(prompt.token_ids)
                 if isinstance(request, chat_pb2.ChatRequest):
                     how = await answering(request, model, prompt, self._grammars)
@@ -172,7 +187,8 @@ class Generation:
                         max_output_tokens=self._max_output_tokens,
                     ),
                     load_seconds=lease.load_seconds,
-                    wants_progress=wants_progress,
+                    wants_progress=asked.wants_progress,
+                    arrival=asked.arrival,
                 )
                 try:
                     async with aclosing(run.events(self._engine, self._telemetry)) as events:

@@ -16,7 +16,7 @@ from osaurus_grpc.server.generation import Generation, keep_alive_seconds
 from osaurus_grpc.server.listing import Listing
 from osaurus_grpc.server.validation import (
     chat_violations,
-    require_supported,
+    require_images_taken,
     require_valid,
 )
 from osaurus_grpc.v1 import chat_pb2, completion_pb2, embedding_pb2, inference_service_pb2
@@ -85,8 +85,9 @@ class InferenceService(InferenceServiceServicer):
         chat = request.chat if kind == "chat" else None
         if chat is not None:
             require_valid(chat_violations(chat))
-            require_supported(chat)
         entry = await self._listing.find(request.model if chat is None else chat.model)
+        if chat is not None:
+            require_images_taken(chat, entry)
         calls.current().model = entry.id
         keep_alive = None if chat is None else keep_alive_seconds(chat)
         async with self._residency.lease(entry, keep_alive) as lease:

@@ -28,6 +28,7 @@ from osaurus_grpc.errors import (
     FeatureNotImplementedError,
     InvalidRequestError,
     OsaurusError,
+    RequestDeadlineError,
     UnauthenticatedError,
 )
 from osaurus_grpc.server.calls import Call, CallsInProgress
@@ -46,6 +47,8 @@ _HEALTH_PREFIX: Final = "/grpc.health.v1."
 _CONTRACT_PREFIX: Final = "/osaurus.v1."
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _BEARER: Final = "bearer "
+# For a first event that is on its way when its call is ended: it only has to reach gRPC's own buffer.
+_FIRST_EVENT_SECONDS: Final = 1.0
 
 _access_log = logging.getLogger("osaurus_grpc.access")
 _log = logging.getLogger(__name__)
@@ -115,9 +118,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         keys: What callers must show.
         calls: Where calls in progress are kept.
         telemetry: Where ended calls are counted.
+        send_timeout_seconds: How long a stream's event waits for a caller that does not read.
     """
 
-    def __init__(self, *, keys: Keys, calls: CallsInProgress, telemetry: Telemetry) -> None:
+    def __init__(
+        self, *, keys: Keys, calls: CallsInProgress, telemetry: Telemetry, send_timeout_seconds: float
+    ) -> None:
+        self._send_timeout_seconds = send_timeout_seconds
         self._keys = keys
         self._calls = calls
         self._telemetry = telemetry
@@ -188,10 +195,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _unary(self, name: str, method: UnaryMethod) -> UnaryMethod:
         async def answer(request: Any, context: Context) -> Any:
             response = None
+            asked = [request]
+            # An aborted call's frames live on until the garbage collector runs, and must not hold a
+            # request of many megabytes until then.
+            del request
 
             async def work() -> None:
                 nonlocal response
-                response = await method(_decoded(request), context)
+                response = await method(_decoded(asked.pop()), context)
 
             await self._conduct(name, context, work)
             return response
@@ -200,17 +211,50 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _streaming(self, name: str, method: StreamMethod) -> UnaryMethod:
         async def answer(request: Any, context: Context) -> None:
+            asked = [request]
+            del request  # as above
+
             async def work() -> None:
                 # Written here, and not yielded on: a call cancelled between two events would leave a
                 # generator to the garbage collector, and its model leased until then.
-                async with aclosing(method(_decoded(request), context)) as events:
-                    write = context.write
+                send = self._send_first
+                async with aclosing(method(_decoded(asked.pop()), context)) as events:
                     async for event in events:
-                        await write(event)
+                        await send(context, event)
+                        send = self._send
 
             await self._conduct(name, context, work)
 
         return answer
+
+    async def _send(self, context: Context, event: Any) -> None:
+        """Write an event. A caller that does not read holds its model and its place no longer than this.
+
+        Raises:
+            RequestDeadlineError: It did not read in time.
+        """
+        try:
+            async with asyncio.timeout(self._send_timeout_seconds):
+                await context.write(event)
+        except TimeoutError:
+            raise RequestDeadlineError("The caller does not read the stream; it was ended.") from None
+
+    async def _send_first(self, context: Context, event: Any) -> None:
+        """Write a stream's first event, to its end even where the call is ended meanwhile.
+
+        The stream's opening metadata go with it. A status sent while they are on their way would hold
+        them once more, which gRPC refuses, and the caller would wait for its status for ever.
+        """
+        sending = asyncio.ensure_future(self._send(context, event))
+        try:
+            await asyncio.shield(sending)
+        except asyncio.CancelledError:
+            await asyncio.wait({sending}, timeout=_FIRST_EVENT_SECONDS)
+            if not sending.done():
+                sending.cancel()
+            elif not sending.cancelled():
+                sending.exception()  # looked at; the call ends for another reason
+            raise
 
     async def _conduct(self, name: str, context: Context, work: Callable[[], Awaitable[None]]) -> None:
         """Run a call's work and end the call with one status, one log line and one count."""
@@ -225,6 +269,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             with self._calls.enter(call):
                 await work()
         except OsaurusError as error:
+            # Kept here, an error that knows the frames it came through is a cycle with all they hold.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             failure = error
         except asyncio.CancelledError:
             if not call.is_expelled:
@@ -284,4 +330,9 @@ def _log_unexpected(call: Call, error: Exception) -> None:
 async def _abort(context: Context, request_id: str, error: OsaurusError) -> Never:
     status = status_from_error(error)
     trailers = (*(status.trailing_metadata or ()), (REQUEST_ID_KEY, request_id))
-    await context.abort(status.code, status.details, trailers)
+    try:
+        await context.abort(status.code, status.details, trailers)
+    except grpc.aio.InternalError:
+        # The caller left before it read its status. gRPC takes this for what it is, a cancelled call, and
+        # logs everything else as a fault of the server.
+        raise asyncio.CancelledError from None

@@ -8,12 +8,16 @@ from typing import Final, TypeAlias
 
 from osaurus_grpc.chat import raw
 from osaurus_grpc.chat.length import fewest_tokens
-from osaurus_grpc.errors import ContextLengthError
+from osaurus_grpc.engine.types import PromptImages
+from osaurus_grpc.errors import ContextLengthError, InvalidRequestError
 from osaurus_grpc.models.residency import LoadedModel
 from osaurus_grpc.v1 import chat_pb2, completion_pb2
 
 # The fields that both are read for have the same names in both.
 Request: TypeAlias = chat_pb2.ChatRequest | completion_pb2.CompleteRequest
+
+# Of a prompt's tokens and the most probable ones beside them: what one message holds without difficulty.
+MAX_PROMPT_LOGPROBS: Final = 2**20
 
 # Below this, tokenizing takes about as long as handing it to a thread and back.
 _SHORT_PROMPT_CHARACTERS: Final = 4_096
@@ -29,6 +33,7 @@ class Prompt:
         echo: Text to repeat before each answer.
         end_tokens: Token ids that end an answer beside the model's own.
         stable_tokens: At the beginning, those of system messages and tools.
+        images: Those among the tokens; None is none.
     """
 
     token_ids: tuple[int, ...]
@@ -36,6 +41,7 @@ class Prompt:
     echo: str = ""
     end_tokens: frozenset[int] = frozenset()
     stable_tokens: int = 0
+    images: PromptImages | None = None
 
 
 def context_limit(request: Request, context_length: int) -> int:
@@ -43,6 +49,12 @@ def context_limit(request: Request, context_length: int) -> int:
     if request.HasField("max_context_tokens"):
         return min(context_length, request.max_context_tokens)
     return context_length
+
+
+def least_answer(request: Request) -> int:
+    """Tokens of an answer for which there must be room: 1, or 0 where none is to be generated."""
+    sampling = request.sampling
+    return 0 if sampling.HasField("max_tokens") and sampling.max_tokens == 0 else 1
 
 
 def prompt_field(request: Request) -> str:
@@ -54,11 +66,11 @@ def require_fit(request: Request, model: LoadedModel, text: str) -> None:
     """Refuse a text that is longer than any that fits, before it is tokenized.
 
     Raises:
-        ContextLengthError: The prompt leaves no room for one token, whatever its tokens are.
+        ContextLengthError: The prompt leaves no room for an answer, whatever its tokens are.
     """
     limit = context_limit(request, model.context_length)
     fewest = fewest_tokens(model.tokenizer, text)
-    if fewest >= limit:
+    if fewest + least_answer(request) > limit:
         raise ContextLengthError(
             limit=limit, prompt_tokens=fewest, field=prompt_field(request), is_estimate=True
         )
@@ -70,7 +82,7 @@ async def completion_prompt(request: completion_pb2.CompleteRequest, model: Load
     A long text is tokenized in a thread.
 
     Raises:
-        InvalidRequestError: There is nothing to continue, or more than can fit.
+        InvalidRequestError: There is nothing to continue, or more than can fit or be scored.
         CapabilityError: The model cannot fill in the middle.
     """
     tokenizer = model.tokenizer
@@ -79,7 +91,7 @@ async def completion_prompt(request: completion_pb2.CompleteRequest, model: Load
         if request.WhichOneof("prompt") == "tokens":
             token_ids = tuple(request.tokens.token_ids)
             limit = context_limit(request, model.context_length)
-            if len(token_ids) >= limit:
+            if len(token_ids) + least_answer(request) > limit:
                 raise ContextLengthError(limit=limit, prompt_tokens=len(token_ids), field="prompt")
             echo = raw.decode(tokenizer, token_ids) if request.echo else ""
             return Prompt(token_ids, is_continued=True, echo=echo)
@@ -93,4 +105,17 @@ async def completion_prompt(request: completion_pb2.CompleteRequest, model: Load
 
     size = len(request.text) + len(request.suffix) + len(request.tokens.token_ids)
     is_short = size < _SHORT_PROMPT_CHARACTERS
-    return work() if is_short else await asyncio.to_thread(work)
+    prompt = work() if is_short else await asyncio.to_thread(work)
+    if request.HasField("prompt_logprobs"):
+        _require_scorable(prompt, request.prompt_logprobs)
+    return prompt
+
+
+def _require_scorable(prompt: Prompt, count: int) -> None:
+    most = MAX_PROMPT_LOGPROBS // (1 + count)
+    if len(prompt.token_ids) > most:
+        raise InvalidRequestError(
+            f"prompt_logprobs: with {count} alternatives a prompt of at most {most} tokens can be scored; "
+            f"this one has {len(prompt.token_ids)}.",
+            field="prompt_logprobs",
+        )

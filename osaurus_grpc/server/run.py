@@ -11,15 +11,21 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, assert_never
 
+from osaurus_grpc.chat.detokenize import token_bytes
+from osaurus_grpc.engine.arrivals import Arrival
 from osaurus_grpc.engine.engine import Engine
 from osaurus_grpc.engine.types import (
+    EngineEvent,
     GenerationFinished,
     GenerationRequest,
     PrefillProgress,
     PrefillStarted,
+    PromptScored,
     SamplingParams,
+    Token,
     TokensGenerated,
 )
 from osaurus_grpc.errors import ContextLengthError
@@ -27,11 +33,17 @@ from osaurus_grpc.models.residency import LoadedModel
 from osaurus_grpc.server.answering import Answering
 from osaurus_grpc.server.calls import Call
 from osaurus_grpc.server.choice import Choice
-from osaurus_grpc.server.convert import DEFAULT_MAX_TOKENS, measured_duration, sampling_from_proto
+from osaurus_grpc.server.convert import (
+    DEFAULT_MAX_TOKENS,
+    RunEvent,
+    measured_duration,
+    prompt_logprobs_to_proto,
+    sampling_from_proto,
+)
 from osaurus_grpc.server.merge import merged
-from osaurus_grpc.server.prompts import Prompt, Request, context_limit, prompt_field
+from osaurus_grpc.server.prompts import Prompt, Request, context_limit, least_answer, prompt_field
 from osaurus_grpc.telemetry import Telemetry
-from osaurus_grpc.v1 import chat_pb2, sampling_pb2, usage_pb2
+from osaurus_grpc.v1 import chat_pb2, completion_pb2, sampling_pb2, usage_pb2
 
 _SEED_BITS: Final = 64
 # Enough for a tokenizer to tell how a token continues a text.
@@ -43,7 +55,7 @@ class OutputBudget:
     """How many tokens an answer may have, and why it ends there.
 
     Attributes:
-        max_tokens: At least 1.
+        max_tokens: At least 1, or 0 where none is asked for.
         reason: LENGTH, or CONTEXT_LENGTH where the context and not the request set the limit.
     """
 
@@ -63,11 +75,11 @@ def output_budget(
         max_output_tokens: The server's cap; 0 is none.
 
     Raises:
-        ContextLengthError: The prompt leaves no room for one token.
+        ContextLengthError: The prompt leaves no room for an answer.
     """
     limit = context_limit(request, context_length)
     room = limit - prompt_tokens
-    if room < 1:
+    if room < least_answer(request):
         raise ContextLengthError(limit=limit, prompt_tokens=prompt_tokens, field=prompt_field(request))
     sampling = request.sampling
     wanted = sampling.max_tokens if sampling.HasField("max_tokens") else DEFAULT_MAX_TOKENS
@@ -78,8 +90,15 @@ def output_budget(
     return OutputBudget(wanted, sampling_pb2.FINISH_REASON_LENGTH)
 
 
+def choice_count(request: Request) -> int:
+    """Answers that a validated request wants."""
+    return request.choice_count if request.HasField("choice_count") else 1
+
+
 class Run:
     """A request's choices as one stream of events, in the grammar of ChatStreamResponse.
+
+    Log-probabilities of a prompt come right after the first event.
 
     Args:
         call: Gets the tokens counted.
@@ -90,6 +109,7 @@ class Run:
         budget: How long they may be.
         load_seconds: What the request waited for its model to load; 0.0 where it was loaded.
         wants_progress: Report how far the prompt is processed.
+        arrival: Announces it to the engine.
 
     Attributes:
         choices: The answers, in the order of their index.
@@ -106,6 +126,7 @@ class Run:
         budget: OutputBudget,
         load_seconds: float,
         wants_progress: bool,
+        arrival: Arrival | None = None,
     ) -> None:
         sampling = request.sampling
         self._call = call
@@ -115,6 +136,7 @@ class Run:
         self._constraint = answering.constraint
         self._load_seconds = load_seconds
         self._wants_progress = wants_progress
+        self._arrival = arrival
         self._wants_token_ids = request.include_token_ids
         kind = "chatcmpl" if isinstance(request, chat_pb2.ChatRequest) else "cmpl"
         self._id = f"{kind}-{uuid.uuid4().hex}"
@@ -122,6 +144,14 @@ class Run:
         self._seed = sampling.seed if sampling.HasField("seed") else None
         self._top_logprobs = sampling.top_logprobs if sampling.HasField("top_logprobs") else None
         self._ignore_eos = sampling.ignore_eos
+        self._prompt_field = prompt_field(request)
+        self._prompt_logprobs: int | None = None
+        if isinstance(request, completion_pb2.CompleteRequest) and request.HasField("prompt_logprobs"):
+            self._prompt_logprobs = request.prompt_logprobs
+        # Prompt tokens whose log-probabilities are still to come, and events that come after them.
+        self._unscored = 0 if self._prompt_logprobs is None else len(prompt.token_ids)
+        self._held: list[chat_pb2.ChatStreamResponse] = []
+        self._has_started = False
         self.choices = [
             Choice(
                 index,
@@ -135,7 +165,7 @@ class Run:
                 end_tokens=frozenset() if sampling.ignore_eos else prompt.end_tokens,
                 length_reason=budget.reason,
             )
-            for index in range(request.choice_count if request.HasField("choice_count") else 1)
+            for index in range(choice_count(request))
         ]
 
     def _engine_requests(self) -> Sequence[GenerationRequest]:
@@ -149,7 +179,11 @@ class Run:
                 top_logprobs=self._top_logprobs,
                 ignore_eos=self._ignore_eos,
                 stable_prefix_tokens=self._prompt.stable_tokens,
+                images=self._prompt.images,
                 constraint=None if self._constraint is None else self._constraint.fork(),
+                # The choices share the prompt.
+                prompt_logprobs=self._prompt_logprobs if index == 0 else None,
+                prompt_field=self._prompt_field,
             )
             for index in range(len(self.choices))
         ]
@@ -161,37 +195,54 @@ class Run:
         wrapped = (self._seed + index) % 2**_SEED_BITS
         return replace(self._sampling, seed=wrapped - 2**_SEED_BITS * (wrapped >> (_SEED_BITS - 1)))
 
-    async def events(
-        self, engine: Engine, telemetry: Telemetry
-    ) -> AsyncGenerator[chat_pb2.ChatStreamResponse, None]:
+    async def events(self, engine: Engine, telemetry: Telemetry) -> AsyncGenerator[RunEvent, None]:
         """Generate. Closing the generator stops the generation."""
         choices = self.choices
-        streams = [engine.generate(request) for request in self._engine_requests()]
-        has_started = False
+        streams = [engine.generate(request, self._arrival) for request in self._engine_requests()]
         async with aclosing(merged(streams, lambda index: choices[index].is_finished)) as arrivals:
             async for index, event in arrivals:
-                choice = choices[index]
-                match event:
-                    case TokensGenerated():
-                        for delta in self._fed(choice, event, telemetry):
-                            yield delta
-                    case PrefillStarted():
-                        choice.admitted(event)
-                        # Sent once the engine has admitted the request and not before: until then a
-                        # refusal reaches a client that may still retry by itself.
-                        if not has_started:
-                            has_started = True
-                            for beginning in self._beginning():
-                                yield beginning
-                    case PrefillProgress():
-                        if self._wants_progress and index == 0:
-                            yield _progress(event)
-                    case GenerationFinished():
-                        for delta in choice.finish(event):
-                            yield delta
-                    case _:
-                        assert_never(event)
+                for said in self._said(index, event, telemetry):
+                    yield said
         yield self._completed()
+
+    def _said(self, index: int, event: EngineEvent, telemetry: Telemetry) -> Sequence[RunEvent]:
+        """What one event of a choice's sequence means for the caller."""
+        choice = self.choices[index]
+        match event:
+            case TokensGenerated():
+                return self._after_scores(self._fed(choice, event, telemetry))
+            case PrefillStarted():
+                choice.admitted(event)
+                # Sent once the engine has admitted the request and not before: until then a refusal
+                # reaches a client that may still retry by itself.
+                if self._has_started:
+                    return []
+                self._has_started = True
+                return [self._started(), *self._after_scores(self._echoes())]
+            case PrefillProgress():
+                return [_progress(event)] if self._wants_progress and index == 0 else []
+            case PromptScored(tokens=tokens):
+                return self._scored(tokens)
+            case GenerationFinished():
+                return self._after_scores(choice.finish(event))
+            case _:
+                assert_never(event)
+
+    def _scored(self, tokens: Sequence[Token]) -> Sequence[RunEvent]:
+        """More of the prompt's log-probabilities, and what waited for the last of them."""
+        self._unscored -= len(tokens)
+        scores = prompt_logprobs_to_proto(tokens, partial(token_bytes, self._model.tokenizer))
+        if self._unscored:
+            return [scores]
+        held, self._held = self._held, []
+        return [scores, *held]
+
+    def _after_scores(self, events: Sequence[chat_pb2.ChatStreamResponse]) -> Sequence[RunEvent]:
+        """The events, once the whole prompt is scored: other choices' sequences do not wait for that."""
+        if not self._unscored:
+            return events
+        self._held.extend(events)
+        return []
 
     def _fed(
         self, choice: Choice, event: TokensGenerated, telemetry: Telemetry
@@ -204,8 +255,8 @@ class Run:
         call.completion_tokens += choice.completion_tokens - before
         return deltas
 
-    def _beginning(self) -> list[chat_pb2.ChatStreamResponse]:
-        """The first event, and the prompt once for each choice where it is to be repeated."""
+    def _started(self) -> chat_pb2.ChatStreamResponse:
+        """The first event."""
         started = chat_pb2.ChatStarted(
             id=self._id,
             model=self._model.entry.id,
@@ -215,12 +266,16 @@ class Run:
         )
         if self._load_seconds > 0:
             started.load_duration.CopyFrom(measured_duration(self._load_seconds))
-        events = [chat_pb2.ChatStreamResponse(started=started)]
-        if echo := self._prompt.echo:
-            for index in range(len(self.choices)):
-                delta = chat_pb2.ContentDelta(choice_index=index, text=echo)
-                events.append(chat_pb2.ChatStreamResponse(content=delta))
-        return events
+        return chat_pb2.ChatStreamResponse(started=started)
+
+    def _echoes(self) -> list[chat_pb2.ChatStreamResponse]:
+        """The prompt once for each choice, where it is to be repeated."""
+        deltas = [
+            chat_pb2.ContentDelta(choice_index=index, text=self._prompt.echo)
+            for index in range(len(self.choices))
+            if self._prompt.echo
+        ]
+        return [chat_pb2.ChatStreamResponse(content=delta) for delta in deltas]
 
     def _completed(self) -> chat_pb2.ChatStreamResponse:
         choices = self.choices

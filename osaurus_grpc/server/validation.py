@@ -17,6 +17,8 @@ from typing import Final, Never
 from google.protobuf.duration_pb2 import Duration
 
 from osaurus_grpc.errors import CapabilityError, InvalidRequestError
+from osaurus_grpc.models.catalog import Capability, ModelEntry
+from osaurus_grpc.models.vision import families
 from osaurus_grpc.v1 import chat_pb2, completion_pb2, sampling_pb2
 
 MAX_MODEL_NAME_CHARACTERS: Final = 512
@@ -29,6 +31,7 @@ MAX_TOP_LOGPROBS: Final = 20
 # More than any model's context.
 MAX_TOKEN_IDS: Final = 2**24
 MAX_TOOLS: Final = 1_024
+MAX_IMAGES: Final = 64
 MAX_TEMPLATE_ARGUMENTS_CHARACTERS: Final = 65_536
 # google.protobuf.Duration's own bounds.
 MAX_DURATION_SECONDS: Final = 315_576_000_000
@@ -36,6 +39,7 @@ MAX_DURATION_NANOS: Final = 999_999_999
 
 _TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
 _KNOWN_ROLES: Final = frozenset(chat_pb2.Role.values()) - {chat_pb2.ROLE_UNSPECIFIED}
+_SEEING_ROLES: Final = frozenset({chat_pb2.ROLE_USER, chat_pb2.ROLE_TOOL})
 _KNOWN_TOOL_CHOICES: Final = frozenset(chat_pb2.ToolChoiceMode.values())
 _FORCED_TOOL_CHOICES: Final = frozenset(
     {chat_pb2.TOOL_CHOICE_MODE_REQUIRED, chat_pb2.TOOL_CHOICE_MODE_FUNCTION}
@@ -97,15 +101,21 @@ _SAMPLING_RANGES: Final = (
     _Range("repetition_context", -1, math.inf),
     _Range("presence_penalty", -2, 2),
     _Range("frequency_penalty", -2, 2),
-    _Range("max_tokens", 1, math.inf),
     _Range("top_logprobs", 0, MAX_TOP_LOGPROBS),
 )
 
 
-def sampling_violations(sampling: sampling_pb2.SamplingParams) -> Iterator[FieldViolation]:
-    """What is wrong with sampling settings, as far as that can be told without the model."""
+def sampling_violations(
+    sampling: sampling_pb2.SamplingParams, *, least_tokens: int = 1
+) -> Iterator[FieldViolation]:
+    """What is wrong with sampling settings, as far as that can be told without the model.
+
+    Args:
+        sampling: The settings.
+        least_tokens: What max_tokens must be at least.
+    """
     by_name = {descriptor.name: value for descriptor, value in sampling.ListFields()}
-    for bounds in _SAMPLING_RANGES:
+    for bounds in (*_SAMPLING_RANGES, _Range("max_tokens", least_tokens, math.inf)):
         if bounds.name in by_name and (violation := bounds.violation(by_name[bounds.name])):
             yield violation
     # The first one of each kind: a request may hold very many.
@@ -175,15 +185,14 @@ def _content_violations(path: str, message: chat_pb2.Message) -> Iterator[FieldV
         if not (message.role == chat_pb2.ROLE_ASSISTANT and message.tool_calls):
             yield _violation(f"{path}.content", "must not be empty.")
         return
-    has_content = False
+    # A text may be empty: clients send empty system prompts, tools give empty results, and what one
+    # agent has not said is the next one's question.
     for j, part in enumerate(message.content):
         kind = part.WhichOneof("part")
         if kind is None:
             yield _violation(f"{path}.content[{j}]", "must be text or an image.")
-        has_content = has_content or kind != "text" or part.text != ""
-    # Clients send empty system prompts, and tools give empty results; a person always says something.
-    if message.role == chat_pb2.ROLE_USER and not has_content:
-        yield _violation(f"{path}.content", "must not be empty.")
+        if kind == "image" and message.role not in _SEEING_ROLES:
+            yield _violation(f"{path}.content[{j}].image", "is for user and tool messages only.")
 
 
 def _message_violations(path: str, message: chat_pb2.Message) -> Iterator[FieldViolation]:
@@ -265,6 +274,12 @@ def _template_violations(request: chat_pb2.ChatRequest) -> Iterator[FieldViolati
     yield from _text_violations("reasoning_effort", request.reasoning_effort, MAX_NAME_CHARACTERS)
 
 
+def _image_violations(request: chat_pb2.ChatRequest) -> Iterator[FieldViolation]:
+    count = sum(part.HasField("image") for message in request.messages for part in message.content)
+    if count > MAX_IMAGES:
+        yield _violation("messages", f"must have at most {MAX_IMAGES} images.")
+
+
 def chat_violations(request: chat_pb2.ChatRequest) -> list[FieldViolation]:
     """Everything that is wrong with a request, as far as that can be told without the model."""
     found = [*name_violations("model", request.model)]
@@ -275,6 +290,7 @@ def chat_violations(request: chat_pb2.ChatRequest) -> list[FieldViolation]:
     else:
         for i, message in enumerate(request.messages):
             found.extend(_message_violations(f"messages[{i}]", message))
+        found.extend(_image_violations(request))
     found.extend(sampling_violations(request.sampling))
     found.extend(_tool_violations(request))
     found.extend(_result_violations(request))
@@ -302,7 +318,9 @@ def completion_violations(request: completion_pb2.CompleteRequest) -> list[Field
         found.append(_violation("tokens.token_ids", f"must have at most {MAX_TOKEN_IDS} tokens."))
     if kind == "tokens" and request.suffix:
         found.append(_violation("suffix", "needs a prompt of text."))
-    found.extend(sampling_violations(request.sampling))
+    if request.HasField("prompt_logprobs") and not 0 <= request.prompt_logprobs <= MAX_TOP_LOGPROBS:
+        found.append(_violation("prompt_logprobs", f"must be at least 0 and at most {MAX_TOP_LOGPROBS}."))
+    found.extend(sampling_violations(request.sampling, least_tokens=0))
     found.extend(_run_violations(request))
     return found
 
@@ -319,31 +337,18 @@ def _run_violations(
         yield from duration_violations("keep_alive", request.keep_alive)
 
 
-def require_supported(request: chat_pb2.ChatRequest) -> None:
-    """Refuse what this release cannot honour and would have to ignore.
+def require_images_taken(request: chat_pb2.ChatRequest, entry: ModelEntry) -> None:
+    """Refuse images for a model that takes none, before it is loaded.
 
     Raises:
-        CapabilityError: Images.
+        CapabilityError: There is one.
     """
+    if Capability.VISION in entry.capabilities:
+        return
     for i, message in enumerate(request.messages):
         for j, part in enumerate(message.content):
             if part.WhichOneof("part") == "image":
-                raise CapabilityError(
-                    "Images are not supported.",
-                    capability="vision",
-                    field=f"messages[{i}].content[{j}].image",
-                )
-
-
-def require_completion_supported(request: completion_pb2.CompleteRequest) -> None:
-    """Refuse what this release cannot honour and would have to ignore.
-
-    Raises:
-        CapabilityError: Log-probabilities of a prompt.
-    """
-    if request.echo and request.sampling.HasField("top_logprobs"):
-        raise CapabilityError(
-            "echo and top_logprobs do not go together: log-probabilities of prompts are not computed.",
-            capability="prompt_logprobs",
-            field="echo",
-        )
+                text = f"Model '{entry.id}' does not take images."
+                if families.is_missing_for(entry.architecture):
+                    text = f"Model '{entry.id}' takes images with mlx-vlm only: {families.INSTALL_HINT}"
+                raise CapabilityError(text, capability="vision", field=f"messages[{i}].content[{j}].image")

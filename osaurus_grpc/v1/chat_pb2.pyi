@@ -591,6 +591,7 @@ class ChatChoice(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     STOP_SEQUENCE_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    END_LOGPROB_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """0-based."""
     finish_reason: _sampling_pb2.FinishReason.ValueType
@@ -609,6 +610,10 @@ class ChatChoice(_message.Message):
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """All tokens that were generated, without the end-of-sequence token, for include_token_ids."""
 
+    @_builtins.property
+    def end_logprob(self) -> _sampling_pb2.ChosenTokenLogprob:
+        """As ChoiceFinished.end_logprob."""
+
     def __init__(
         self,
         *,
@@ -618,10 +623,11 @@ class ChatChoice(_message.Message):
         logprobs: Global___Logprobs | None = ...,
         stop_sequence: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        end_logprob: _sampling_pb2.ChosenTokenLogprob | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_logprob", b"end_logprob", "logprobs", b"logprobs", "message", b"message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "message", b"message", "stop_sequence", b"stop_sequence", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_logprob", b"end_logprob", "finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "message", b"message", "stop_sequence", b"stop_sequence", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -925,6 +931,7 @@ class ChoiceFinished(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     STOP_SEQUENCE_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    END_LOGPROB_FIELD_NUMBER: _builtins.int
     choice_index: _builtins.int
     """Which answer; 0-based."""
     finish_reason: _sampling_pb2.FinishReason.ValueType
@@ -935,6 +942,12 @@ class ChoiceFinished(_message.Message):
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """As ChatChoice.token_ids."""
 
+    @_builtins.property
+    def end_logprob(self) -> _sampling_pb2.ChosenTokenLogprob:
+        """The token by which the model ended the answer, where it did and the request asked for
+        log-probabilities. It is none of the answer's tokens and is not counted.
+        """
+
     def __init__(
         self,
         *,
@@ -942,10 +955,11 @@ class ChoiceFinished(_message.Message):
         finish_reason: _sampling_pb2.FinishReason.ValueType = ...,
         stop_sequence: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        end_logprob: _sampling_pb2.ChosenTokenLogprob | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_logprob", b"end_logprob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "finish_reason", b"finish_reason", "stop_sequence", b"stop_sequence", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "end_logprob", b"end_logprob", "finish_reason", b"finish_reason", "stop_sequence", b"stop_sequence", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

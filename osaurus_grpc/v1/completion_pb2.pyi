@@ -63,6 +63,7 @@ class CompleteRequest(_message.Message):
     KEEP_ALIVE_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     INCLUDE_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model: its id, its org/name, or "" for the server's default model."""
     text: _builtins.str
@@ -75,15 +76,18 @@ class CompleteRequest(_message.Message):
     FAILED_PRECONDITION with capability "insert". Needs a prompt of text. Empty is none.
     """
     echo: _builtins.bool
-    """Repeat the prompt before each answer, as text that covers no token. Default false. Refused
-    together with sampling.top_logprobs, since log-probabilities of prompts are not computed.
-    """
+    """Repeat the prompt before each answer, as text that covers no token. Default false."""
     choice_count: _builtins.int
     """Answers wanted, 1 to 16. Default 1."""
     max_context_tokens: _builtins.int
     """As ChatRequest.max_context_tokens."""
     include_token_ids: _builtins.bool
     """As ChatRequest.include_token_ids."""
+    prompt_logprobs: _builtins.int
+    """Unset: no log-probabilities of the prompt. Set: report those of the prompt's tokens, and of this
+    many most probable tokens at each place (0 to 20), at most 1,048,576 figures in all. The whole
+    prompt is computed then, whatever KV caches are kept of its beginning.
+    """
     @_builtins.property
     def tokens(self) -> Global___TokenPrompt:
         """Token ids, used as they are."""
@@ -114,10 +118,11 @@ class CompleteRequest(_message.Message):
         keep_alive: _duration_pb2.Duration | None = ...,
         max_context_tokens: _builtins.int | None = ...,
         include_token_ids: _builtins.bool | None = ...,
+        prompt_logprobs: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count", "_echo", b"_echo", "_include_token_ids", b"_include_token_ids", "_max_context_tokens", b"_max_context_tokens", "_suffix", b"_suffix", "choice_count", b"choice_count", "echo", b"echo", "include_token_ids", b"include_token_ids", "keep_alive", b"keep_alive", "max_context_tokens", b"max_context_tokens", "prompt", b"prompt", "response_format", b"response_format", "sampling", b"sampling", "suffix", b"suffix", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count", "_echo", b"_echo", "_include_token_ids", b"_include_token_ids", "_max_context_tokens", b"_max_context_tokens", "_prompt_logprobs", b"_prompt_logprobs", "_suffix", b"_suffix", "choice_count", b"choice_count", "echo", b"echo", "include_token_ids", b"include_token_ids", "keep_alive", b"keep_alive", "max_context_tokens", b"max_context_tokens", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "response_format", b"response_format", "sampling", b"sampling", "suffix", b"suffix", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count", "_echo", b"_echo", "_include_token_ids", b"_include_token_ids", "_max_context_tokens", b"_max_context_tokens", "_suffix", b"_suffix", "choice_count", b"choice_count", "echo", b"echo", "include_token_ids", b"include_token_ids", "keep_alive", b"keep_alive", "max_context_tokens", b"max_context_tokens", "model", b"model", "prompt", b"prompt", "response_format", b"response_format", "sampling", b"sampling", "suffix", b"suffix", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count", "_echo", b"_echo", "_include_token_ids", b"_include_token_ids", "_max_context_tokens", b"_max_context_tokens", "_prompt_logprobs", b"_prompt_logprobs", "_suffix", b"_suffix", "choice_count", b"choice_count", "echo", b"echo", "include_token_ids", b"include_token_ids", "keep_alive", b"keep_alive", "max_context_tokens", b"max_context_tokens", "model", b"model", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "response_format", b"response_format", "sampling", b"sampling", "suffix", b"suffix", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__choice_count: _TypeAlias = _typing.Literal["choice_count"]  # noqa: Y015
     _WhichOneofArgType__choice_count: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count"]  # noqa: Y015
@@ -127,6 +132,8 @@ class CompleteRequest(_message.Message):
     _WhichOneofArgType__include_token_ids: _TypeAlias = _typing.Literal["_include_token_ids", b"_include_token_ids"]  # noqa: Y015
     _WhichOneofReturnType__max_context_tokens: _TypeAlias = _typing.Literal["max_context_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_context_tokens: _TypeAlias = _typing.Literal["_max_context_tokens", b"_max_context_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
     _WhichOneofReturnType__suffix: _TypeAlias = _typing.Literal["suffix"]  # noqa: Y015
     _WhichOneofArgType__suffix: _TypeAlias = _typing.Literal["_suffix", b"_suffix"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "tokens"]  # noqa: Y015
@@ -139,6 +146,8 @@ class CompleteRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__include_token_ids) -> _WhichOneofReturnType__include_token_ids | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_context_tokens) -> _WhichOneofReturnType__max_context_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__suffix) -> _WhichOneofReturnType__suffix | None: ...
     @_typing.overload
@@ -158,6 +167,7 @@ class CompletionChoice(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     STOP_SEQUENCE_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    END_LOGPROB_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """0-based."""
     text: _builtins.str
@@ -174,6 +184,10 @@ class CompletionChoice(_message.Message):
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """As ChatChoice.token_ids."""
 
+    @_builtins.property
+    def end_logprob(self) -> _sampling_pb2.ChosenTokenLogprob:
+        """As ChoiceFinished.end_logprob."""
+
     def __init__(
         self,
         *,
@@ -183,10 +197,11 @@ class CompletionChoice(_message.Message):
         logprobs: _chat_pb2.Logprobs | None = ...,
         stop_sequence: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        end_logprob: _sampling_pb2.ChosenTokenLogprob | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_logprob", b"end_logprob", "logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "stop_sequence", b"stop_sequence", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_logprob", b"end_logprob", "finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "stop_sequence", b"stop_sequence", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -205,6 +220,7 @@ class CompleteResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     SYSTEM_FINGERPRINT_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique id of the response."""
     model: _builtins.str
@@ -227,6 +243,10 @@ class CompleteResponse(_message.Message):
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """As ChatResponse.prompt_token_ids."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_sampling_pb2.PromptTokenLogprob]:
+        """The prompt's tokens, all of them, where the request asked for prompt_logprobs."""
+
     def __init__(
         self,
         *,
@@ -237,10 +257,11 @@ class CompleteResponse(_message.Message):
         timings: _usage_pb2.Timings | None = ...,
         system_fingerprint: _builtins.str = ...,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_logprobs: _abc.Iterable[_sampling_pb2.PromptTokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "id", b"id", "model", b"model", "prompt_token_ids", b"prompt_token_ids", "system_fingerprint", b"system_fingerprint", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "id", b"id", "model", b"model", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "system_fingerprint", b"system_fingerprint", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -277,12 +298,39 @@ class CompleteStreamRequest(_message.Message):
 Global___CompleteStreamRequest: _TypeAlias = CompleteStreamRequest  # noqa: Y015
 
 @_typing.final
+class PromptLogprobs(_message.Message):
+    """More of the prompt's tokens, in order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_sampling_pb2.PromptTokenLogprob]:
+        """At least one."""
+
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[_sampling_pb2.PromptTokenLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptLogprobs: _TypeAlias = PromptLogprobs  # noqa: Y015
+
+@_typing.final
 class CompleteStreamResponse(_message.Message):
-    """One event of a continuation's stream; the grammar is that of ChatStreamResponse."""
+    """One event of a continuation's stream; the grammar is that of ChatStreamResponse. Where the request
+    asked for prompt_logprobs, all of them come before the first content.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTENT_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     STARTED_FIELD_NUMBER: _builtins.int
     PROMPT_PROGRESS_FIELD_NUMBER: _builtins.int
     CHOICE_FINISHED_FIELD_NUMBER: _builtins.int
@@ -290,6 +338,10 @@ class CompleteStreamResponse(_message.Message):
     @_builtins.property
     def content(self) -> _chat_pb2.ContentDelta:
         """More text."""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> Global___PromptLogprobs:
+        """More of the prompt's log-probabilities, where asked for."""
 
     @_builtins.property
     def started(self) -> _chat_pb2.ChatStarted:
@@ -311,16 +363,17 @@ class CompleteStreamResponse(_message.Message):
         self,
         *,
         content: _chat_pb2.ContentDelta | None = ...,
+        prompt_logprobs: Global___PromptLogprobs | None = ...,
         started: _chat_pb2.ChatStarted | None = ...,
         prompt_progress: _chat_pb2.PromptProgress | None = ...,
         choice_finished: _chat_pb2.ChoiceFinished | None = ...,
         completed: _chat_pb2.ChatCompleted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["choice_finished", b"choice_finished", "completed", b"completed", "content", b"content", "event", b"event", "prompt_progress", b"prompt_progress", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choice_finished", b"choice_finished", "completed", b"completed", "content", b"content", "event", b"event", "prompt_logprobs", b"prompt_logprobs", "prompt_progress", b"prompt_progress", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_finished", b"choice_finished", "completed", b"completed", "content", b"content", "event", b"event", "prompt_progress", b"prompt_progress", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_finished", b"choice_finished", "completed", b"completed", "content", b"content", "event", b"event", "prompt_logprobs", b"prompt_logprobs", "prompt_progress", b"prompt_progress", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["content", "started", "prompt_progress", "choice_finished", "completed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["content", "prompt_logprobs", "started", "prompt_progress", "choice_finished", "completed"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

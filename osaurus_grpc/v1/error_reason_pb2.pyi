@@ -29,9 +29,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     google.rpc.BadRequest whose field_violations name the field.
     """
     ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: _ErrorReason.ValueType  # 2
-    """INVALID_ARGUMENT. The prompt does not fit the model's context. Metadata: "limit",
-    "prompt_tokens" (both decimal token counts; a prompt that is longer than any that fits is not
-    tokenized to its end, and has at least so many).
+    """INVALID_ARGUMENT. The prompt does not fit the model's context, or what memory the server may ever
+    have for it. Metadata: "limit", "prompt_tokens" (both decimal token counts; a prompt that is longer
+    than any that fits is not tokenized to its end, and has at least so many).
     """
     ERROR_REASON_MODEL_NOT_FOUND: _ErrorReason.ValueType  # 3
     """NOT_FOUND. No model of that name is installed. Accompanied by google.rpc.ResourceInfo."""
@@ -48,7 +48,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 7
     """RESOURCE_EXHAUSTED. The model's requests-per-minute limit is reached. Accompanied by RetryInfo."""
     ERROR_REASON_INSUFFICIENT_MEMORY: _ErrorReason.ValueType  # 8
-    """RESOURCE_EXHAUSTED. The model or the request needs more memory than there is."""
+    """RESOURCE_EXHAUSTED. The model needs more memory than there is."""
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 9
     """UNAVAILABLE. The server is shutting down. Accompanied by RetryInfo."""
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 10
@@ -88,9 +88,9 @@ ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 1
 google.rpc.BadRequest whose field_violations name the field.
 """
 ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: ErrorReason.ValueType  # 2
-"""INVALID_ARGUMENT. The prompt does not fit the model's context. Metadata: "limit",
-"prompt_tokens" (both decimal token counts; a prompt that is longer than any that fits is not
-tokenized to its end, and has at least so many).
+"""INVALID_ARGUMENT. The prompt does not fit the model's context, or what memory the server may ever
+have for it. Metadata: "limit", "prompt_tokens" (both decimal token counts; a prompt that is longer
+than any that fits is not tokenized to its end, and has at least so many).
 """
 ERROR_REASON_MODEL_NOT_FOUND: ErrorReason.ValueType  # 3
 """NOT_FOUND. No model of that name is installed. Accompanied by google.rpc.ResourceInfo."""
@@ -107,7 +107,7 @@ ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 6
 ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 7
 """RESOURCE_EXHAUSTED. The model's requests-per-minute limit is reached. Accompanied by RetryInfo."""
 ERROR_REASON_INSUFFICIENT_MEMORY: ErrorReason.ValueType  # 8
-"""RESOURCE_EXHAUSTED. The model or the request needs more memory than there is."""
+"""RESOURCE_EXHAUSTED. The model needs more memory than there is."""
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 9
 """UNAVAILABLE. The server is shutting down. Accompanied by RetryInfo."""
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 10

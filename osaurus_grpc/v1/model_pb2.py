@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16osaurus/v1/model.proto\x12\nosaurus.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc9\x03\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07repo_id\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12/\n\x0bmodify_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x61rchitecture\x18\x06 \x01(\t\x12\x17\n\x0fparameter_count\x18\x07 \x01(\x03\x12\x14\n\x0cquantization\x18\x08 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\t \x01(\x05\x12\x18\n\x10\x65mbedding_length\x18\n \x01(\x05\x12,\n\x0c\x63\x61pabilities\x18\x0b \x03(\x0e\x32\x16.osaurus.v1.Capability\x12%\n\x05state\x18\x0c \x01(\x0e\x32\x16.osaurus.v1.ModelState\x12\x16\n\x0eresident_bytes\x18\r \x01(\x03\x12/\n\x0b\x65xpire_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rchat_template\x18\x0f \x01(\t\x12\x12\n\nis_default\x18\x10 \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\x11 \x01(\t*\xb9\x01\n\nCapability\x12\x1a\n\x16\x43\x41PABILITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43\x41PABILITY_CHAT\x10\x01\x12\x19\n\x15\x43\x41PABILITY_COMPLETION\x10\x02\x12\x14\n\x10\x43\x41PABILITY_TOOLS\x10\x03\x12\x18\n\x14\x43\x41PABILITY_REASONING\x10\x04\x12\x15\n\x11\x43\x41PABILITY_VISION\x10\x05\x12\x18\n\x14\x43\x41PABILITY_EMBEDDING\x10\x06*u\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x16\n\x12MODEL_STATE_LOADED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16osaurus/v1/model.proto\x12\nosaurus.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf0\x03\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07repo_id\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12/\n\x0bmodify_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x61rchitecture\x18\x06 \x01(\t\x12\x17\n\x0fparameter_count\x18\x07 \x01(\x03\x12\x14\n\x0cquantization\x18\x08 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\t \x01(\x05\x12\x18\n\x10\x65mbedding_length\x18\n \x01(\x05\x12,\n\x0c\x63\x61pabilities\x18\x0b \x03(\x0e\x32\x16.osaurus.v1.Capability\x12%\n\x05state\x18\x0c \x01(\x0e\x32\x16.osaurus.v1.ModelState\x12\x16\n\x0eresident_bytes\x18\r \x01(\x03\x12/\n\x0b\x65xpire_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rchat_template\x18\x0f \x01(\t\x12\x12\n\nis_default\x18\x10 \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\x11 \x01(\t\x12\x13\n\x0b\x64raft_model\x18\x12 \x01(\t\x12\x10\n\x08\x61lias_of\x18\x13 \x01(\t*\xb9\x01\n\nCapability\x12\x1a\n\x16\x43\x41PABILITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43\x41PABILITY_CHAT\x10\x01\x12\x19\n\x15\x43\x41PABILITY_COMPLETION\x10\x02\x12\x14\n\x10\x43\x41PABILITY_TOOLS\x10\x03\x12\x18\n\x14\x43\x41PABILITY_REASONING\x10\x04\x12\x15\n\x11\x43\x41PABILITY_VISION\x10\x05\x12\x18\n\x14\x43\x41PABILITY_EMBEDDING\x10\x06*u\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x16\n\x12MODEL_STATE_LOADED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'osaurus.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CAPABILITY']._serialized_start=532
-  _globals['_CAPABILITY']._serialized_end=717
-  _globals['_MODELSTATE']._serialized_start=719
-  _globals['_MODELSTATE']._serialized_end=836
+  _globals['_CAPABILITY']._serialized_start=571
+  _globals['_CAPABILITY']._serialized_end=756
+  _globals['_MODELSTATE']._serialized_start=758
+  _globals['_MODELSTATE']._serialized_end=875
   _globals['_MODEL']._serialized_start=72
-  _globals['_MODEL']._serialized_end=529
+  _globals['_MODEL']._serialized_end=568
 # @@protoc_insertion_point(module_scope)

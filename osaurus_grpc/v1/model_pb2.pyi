@@ -111,6 +111,8 @@ class Model(_message.Message):
     CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     IS_DEFAULT_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    DRAFT_MODEL_FIELD_NUMBER: _builtins.int
+    ALIAS_OF_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique among the installed models: the folder's name in lower case with hyphens for spaces."""
     repo_id: _builtins.str
@@ -143,6 +145,12 @@ class Model(_message.Message):
     """True for the model that an empty model name means."""
     device: _builtins.str
     """What holds a loaded model's weights: "cpu" or "gpu". Empty where it is not loaded."""
+    draft_model: _builtins.str
+    """Id of the model that drafts for a loaded model where it runs alone (speculative decoding). Empty where
+    none does: none is set, or the one that is has another vocabulary.
+    """
+    alias_of: _builtins.str
+    """Id of the model that this is a second name of. Empty for a model itself."""
     @_builtins.property
     def modify_time(self) -> _timestamp_pb2.Timestamp:
         """When its files last changed."""
@@ -175,10 +183,12 @@ class Model(_message.Message):
         chat_template: _builtins.str = ...,
         is_default: _builtins.bool = ...,
         device: _builtins.str = ...,
+        draft_model: _builtins.str = ...,
+        alias_of: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "modify_time", b"modify_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "capabilities", b"capabilities", "chat_template", b"chat_template", "context_length", b"context_length", "device", b"device", "digest", b"digest", "embedding_length", b"embedding_length", "expire_time", b"expire_time", "id", b"id", "is_default", b"is_default", "modify_time", b"modify_time", "parameter_count", b"parameter_count", "quantization", b"quantization", "repo_id", b"repo_id", "resident_bytes", b"resident_bytes", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_of", b"alias_of", "architecture", b"architecture", "capabilities", b"capabilities", "chat_template", b"chat_template", "context_length", b"context_length", "device", b"device", "digest", b"digest", "draft_model", b"draft_model", "embedding_length", b"embedding_length", "expire_time", b"expire_time", "id", b"id", "is_default", b"is_default", "modify_time", b"modify_time", "parameter_count", b"parameter_count", "quantization", b"quantization", "repo_id", b"repo_id", "resident_bytes", b"resident_bytes", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -124,7 +124,9 @@ class SamplingParams(_message.Message):
     drawn at random.
     """
     max_tokens: _builtins.int
-    """Generated tokens at most, at least 1; clipped to what is left of the context. Default 2048."""
+    """Generated tokens at most, at least 1; clipped to what is left of the context. Default 2048. A
+    CompleteRequest may say 0: its prompt is processed and nothing is generated.
+    """
     top_logprobs: _builtins.int
     """Unset: no log-probabilities. Set: report the chosen token's, and those of this many most
     probable tokens (0 to 20).
@@ -275,3 +277,43 @@ class ChosenTokenLogprob(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ChosenTokenLogprob: _TypeAlias = ChosenTokenLogprob  # noqa: Y015
+
+@_typing.final
+class PromptTokenLogprob(_message.Message):
+    """A token of a prompt with its natural-log probability given the tokens before it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    token: _builtins.bytes
+    """The token's own bytes, which need not be valid UTF-8 by themselves."""
+    token_id: _builtins.int
+    """The token's id in the model's vocabulary."""
+    logprob: _builtins.float
+    """Natural logarithm of the token's probability under the model; no sampling setting changes it.
+    Unset for the prompt's first token, which has nothing before it.
+    """
+    @_builtins.property
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """The most probable tokens at this place, in descending order; none for the first token."""
+
+    def __init__(
+        self,
+        *,
+        token: _builtins.bytes = ...,
+        token_id: _builtins.int = ...,
+        logprob: _builtins.float | None = ...,
+        top: _abc.Iterable[Global___TokenLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob", "token", b"token", "token_id", b"token_id", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__logprob: _TypeAlias = _typing.Literal["logprob"]  # noqa: Y015
+    _WhichOneofArgType__logprob: _TypeAlias = _typing.Literal["_logprob", b"_logprob"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprob) -> _WhichOneofReturnType__logprob | None: ...
+
+Global___PromptTokenLogprob: _TypeAlias = PromptTokenLogprob  # noqa: Y015

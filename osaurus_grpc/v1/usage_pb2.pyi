@@ -34,7 +34,7 @@ class Usage(_message.Message):
     cached_prompt_tokens: _builtins.int
     """Prompt tokens whose KV cache was reused instead of computed."""
     reasoning_tokens: _builtins.int
-    """Completion tokens spent inside the model's reasoning marks."""
+    """Completion tokens between the model's reasoning marks: white space included, the marks not."""
     def __init__(
         self,
         *,

@@ -26,6 +26,11 @@ def test_wrong_usage_prints_the_usage_and_exits_2(
     assert captured.out == ""
 
 
+def test_a_misspelt_command_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serv"]) == 2
+    assert "there is no command 'serv'; did you mean serve?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["version"], ["--version"], ["-v"]])
 def test_version(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0

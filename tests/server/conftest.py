@@ -23,6 +23,16 @@ async def core(tiny_dir: Path) -> AsyncIterator[Core]:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def forgetful(tiny_dir: Path) -> AsyncIterator[Any]:
+    """InferenceService of a core that serves tiny-llama and keeps no KV caches."""
+    async with (
+        running_core(tiny_dir, prompt_cache_bytes=0) as running,
+        inference_stub(running.address) as stub,
+    ):
+        yield stub
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def inference(core: Core) -> AsyncIterator[Any]:
     """InferenceService of the shared core."""
     async with inference_stub(core.address) as stub:

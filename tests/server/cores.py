@@ -86,11 +86,11 @@ def token_counts(usage: usage_pb2.Usage) -> tuple[int, int]:
     return usage.prompt_tokens, usage.completion_tokens
 
 
-async def eventually(condition: Callable[[], bool]) -> None:
+async def eventually(condition: Callable[[], bool], *, every: float = 0.01) -> None:
     """Wait until something becomes true that no event tells."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not condition():  # noqa: ASYNC110 - there is no event to wait for
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(every)
 
 
 class RichError:

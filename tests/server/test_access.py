@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from osaurus_grpc.server.app import Core
 from osaurus_grpc.v1 import inference_service_pb2
 from tests.server.cores import (
+    ENDLESS_TOKENS,
     PATIENCE_SECONDS,
     chat_request,
     eventually,
@@ -168,6 +169,23 @@ async def test_what_outlasts_the_drain_ends_with_a_status(tiny_dir: Path) -> Non
             assert error.code == grpc.StatusCode.UNAVAILABLE
             assert error.info.reason == "DRAINING"
         await eventually(lambda: core.engine.stats().running == 0)
+
+
+async def test_streams_that_end_while_they_open_end_with_a_status(tiny_dir: Path) -> None:
+    async with running_core(tiny_dir) as core, inference_stub(core.address) as inference:
+        request = stream_request(chat_request(max_tokens=ENDLESS_TOKENS, ignore_eos=True))
+        for turns in range(80):
+            ended = asyncio.ensure_future(failure(inference.ChatStream(request)))
+            await eventually(lambda: core.engine.stats().running == 1, every=0.0)
+            # So many turns of the loop later its first event may be about to be sent, or on its way.
+            for _ in range(turns % 40):
+                await asyncio.sleep(0)
+
+            await core.drain(0.0)
+
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                assert (await ended).info.reason == "DRAINING"
+            core.calls.is_draining = False
 
 
 REFLECTION_REQUESTS = (

@@ -208,6 +208,7 @@ BAD_FIELDS: list[tuple[str, Change]] = [
     ("tokens.token_ids[0]", lambda r: r.tokens.token_ids.append(-1)),
     ("sampling.top_p", lambda r: setattr(r.sampling, "top_p", 2)),
     ("sampling.logit_bias", lambda r: r.sampling.logit_bias.update({2**31 - 1: 1.0})),
+    ("sampling.max_tokens", lambda r: setattr(r.sampling, "max_tokens", -1)),
     ("choice_count", lambda r: setattr(r, "choice_count", 17)),
     ("max_context_tokens", lambda r: setattr(r, "max_context_tokens", 0)),
     ("keep_alive", lambda r: r.keep_alive.CopyFrom(Duration(seconds=1, nanos=-1))),
@@ -242,13 +243,6 @@ def require_capability(error: RichError, capability: str, field: str) -> None:
     assert error.info.reason == "UNSUPPORTED_CAPABILITY"
     assert error.info.metadata["capability"] == capability
     assert error.fields == [field]
-
-
-async def test_log_probabilities_of_prompts_are_refused(inference: Any) -> None:
-    request = request_of(top_logprobs=0)
-    request.echo = True
-
-    require_capability(await failure(inference.Complete(request)), "prompt_logprobs", "echo")
 
 
 async def test_a_model_without_the_tokens_for_it_fills_no_gap(inference: Any) -> None:

@@ -28,7 +28,7 @@ async def test_it_ends_and_says_why(
         raise RuntimeError("device gone")
 
     monkeypatch.setattr(app.Core, "prepare", watched)
-    monkeypatch.setattr(Runner, "step", gone)
+    monkeypatch.setattr(Runner, "prefill", gone)
     settings = Settings(
         grpc_port=0, models_dir=tiny_dir, preload_model="tiny-llama", reject_shared_models_dir=False
     )

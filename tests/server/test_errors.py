@@ -13,6 +13,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from osaurus_grpc.chat.control_tokens import Shield
+from osaurus_grpc.engine.arrivals import Arrival
 from osaurus_grpc.engine.engine import Engine
 from osaurus_grpc.engine.types import EngineEvent, GenerationRequest, TokensGenerated
 from osaurus_grpc.errors import EngineError
@@ -35,7 +36,6 @@ from tests.server.cores import (
     inference_stub,
     running_core,
     stream_request,
-    user,
 )
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -67,7 +67,6 @@ def _tool(request: chat_pb2.ChatRequest, name: str = "clock", parameters: str = 
 BAD_FIELDS: list[tuple[str, Change]] = [
     ("messages", lambda r: r.ClearField("messages")),
     ("messages[0].content", lambda r: r.messages[0].ClearField("content")),
-    ("messages[0].content", lambda r: setattr(r.messages[0].content[0], "text", "")),
     ("messages[0].content[0]", lambda r: r.messages[0].content[0].ClearField("text")),
     ("messages[0].role", lambda r: r.messages[0].ClearField("role")),
     ("messages[0].role", lambda r: setattr(r.messages[0], "role", 99)),
@@ -415,8 +414,10 @@ async def test_an_engine_that_fails_in_mid_stream(tiny_dir: Path, monkeypatch: p
     # No request can make the device fail; everything before and after the failure is real.
     generate = Engine.generate
 
-    async def break_off(self: Engine, request: GenerationRequest) -> AsyncIterator[EngineEvent]:
-        async with aclosing(generate(self, request)) as events:
+    async def break_off(
+        self: Engine, request: GenerationRequest, arrival: Arrival | None = None
+    ) -> AsyncIterator[EngineEvent]:
+        async with aclosing(generate(self, request, arrival)) as events:
             async for event in events:
                 yield event
                 if isinstance(event, TokensGenerated):
@@ -457,11 +458,19 @@ async def test_what_is_unexpected_does_not_leak(
     assert secret not in caplog.text
 
 
-async def test_an_empty_user_message_among_others(inference: Any) -> None:
+async def test_a_message_without_a_part_among_others(inference: Any) -> None:
     request = chat_request()
     request.messages.add(role=chat_pb2.ROLE_ASSISTANT).content.add(text="")
-    request.messages.append(user(""))
+    request.messages.add(role=chat_pb2.ROLE_USER)
 
     error = await failure(inference.Chat(request))
 
     assert error.fields == ["messages[2].content"]
+
+
+async def test_a_message_may_be_empty_text(inference: Any) -> None:
+    request = chat_request()
+    for role in (chat_pb2.ROLE_SYSTEM, chat_pb2.ROLE_USER, chat_pb2.ROLE_ASSISTANT, chat_pb2.ROLE_USER):
+        request.messages.add(role=role).content.add(text="")
+
+    assert (await inference.Chat(request)).choices

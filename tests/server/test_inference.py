@@ -302,9 +302,11 @@ async def test_a_stop_text_ends_the_answer_and_is_not_part_of_it(inference: Any,
 
 
 async def test_a_stop_ends_one_choice_and_not_the_others(inference: Any) -> None:
-    text = await _plain_text(inference, 40)
-    chat = chat_request(temperature=1.0, seed=11, max_tokens=40, stop=[text[10:16]])
+    chat = chat_request(temperature=1.0, seed=11, max_tokens=40)
     chat.choice_count = 2
+    plain = await inference.Chat(chat)
+    first, second = text_of(plain, 0), text_of(plain, 1)
+    chat.sampling.stop.append(next(first[i : i + 6] for i in range(10, 40) if first[i : i + 6] not in second))
 
     response = await inference.Chat(chat)
 

@@ -33,7 +33,7 @@ def ask(core: Process, text: str, **sampling: object) -> chat_pb2.ChatResponse:
 
 
 def metric(port: int, name: str) -> float:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
         found = re.search(rf"^{name} (\S+)$", response.read().decode(), re.MULTILINE)
     assert found is not None, name
     return float(found[1])
@@ -66,15 +66,21 @@ def test_sixty_four_long_requests_in_little_memory_and_a_warm_start_after(
 
 
 def test_a_request_that_can_never_fit_is_refused(tiny_dir: Path) -> None:
-    with core_process(tiny_dir, *NO_LIMITS, "--kv-cache-bytes", str(2**20)) as core:
-        with pytest.raises(grpc.RpcError) as refused:
-            ask(core, "Name 7.", max_tokens=400)
-        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        status = rpc_status.from_call(refused.value)
-        info = error_details_pb2.ErrorInfo()
-        status.details[0].Unpack(info)
-        assert info.reason == "INSUFFICIENT_MEMORY"
-        assert "max_tokens" in status.message
+    with core_process(tiny_dir, *NO_LIMITS, "--kv-cache-bytes", str(2**21)) as core:
+        for text, max_tokens, reason, field in (
+            ("Name 7.", 700, "INVALID_FIELD", "sampling.max_tokens"),
+            ("word " * 650, 4, "CONTEXT_LENGTH_EXCEEDED", "messages"),
+        ):
+            with pytest.raises(grpc.RpcError) as refused:
+                ask(core, text, max_tokens=max_tokens)
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            status = rpc_status.from_call(refused.value)
+            info, request = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+            status.details[0].Unpack(info)
+            status.details[1].Unpack(request)
+            assert info.reason == reason
+            assert [violation.field for violation in request.field_violations] == [field]
+            assert "the server has memory for the KV cache of" in status.message
 
 
 @pytest.mark.parametrize("flag", ["--prompt-cache-dir", "OSAURUS_PROMPT_CACHE_DIR"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import socket
 import subprocess
 import sys
@@ -11,13 +13,16 @@ from pathlib import Path
 import grpc
 
 from osaurus_grpc.v1 import chat_pb2, inference_service_pb2_grpc, sampling_pb2
-from tests.harness.processes import core_process, wait_for_serving
+from tests.harness.processes import START_SECONDS, core_process, wait_for_serving
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, below those that the system gives to connections meanwhile."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def test_metrics_count_what_was_asked(tiny_dir: Path) -> None:
@@ -35,7 +40,7 @@ def test_metrics_count_what_was_asked(tiny_dir: Path) -> None:
                 ),
                 timeout=60,
             )
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
             text = response.read().decode()
     assert 'osaurus_completion_tokens_total{model="tiny-llama"} 5.0' in text
     assert f'osaurus_prompt_tokens_total{{model="tiny-llama"}} {float(answer.usage.prompt_tokens)}' in text
@@ -45,7 +50,7 @@ def test_metrics_count_what_was_asked(tiny_dir: Path) -> None:
 
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "osaurus_grpc", "--grpc-port", "0", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=START_SECONDS, check=False)
 
 
 def test_a_taken_metrics_port_is_named(tiny_dir: Path) -> None:

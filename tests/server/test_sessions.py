@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from osaurus_grpc.chat.types import Message, Role
 from osaurus_grpc.server.app import Core
@@ -202,10 +204,11 @@ def spoken(response: chat_pb2.ChatResponse) -> list[int]:
 @on_a_server
 async def test_a_client_that_sends_its_new_turns_only(inference: Any) -> None:
     first = await inference.Chat(in_session("new-turns", system("Be brief."), user("One, two, three. " * 9)))
-    second = await inference.Chat(in_session("new-turns", user("And then?")))
+    second = await inference.Chat(in_session("new-turns", user("And what then?")))
     third = await inference.Chat(in_session("new-turns", user("Go on.")))
 
-    # Token by token, whatever the answers were.
+    # Token by token; only a character that an answer ends in the middle of is not kept.
+    assert "\ufffd" not in text_of(first) + text_of(second)
     assert list(second.prompt_token_ids)[: len(spoken(first))] == spoken(first)
     assert list(third.prompt_token_ids)[: len(spoken(second))] == spoken(second)
     # The KV cache of a turn serves the next one.
@@ -216,7 +219,7 @@ async def test_a_client_that_sends_its_new_turns_only(inference: Any) -> None:
         system("Be brief."),
         user("One, two, three. " * 9),
         assistant(text_of(first)),
-        user("And then?"),
+        user("And what then?"),
         assistant(text_of(second)),
         user("Go on."),
     )
@@ -437,3 +440,46 @@ async def test_many_requests_at_once_on_one_session(inference: Any) -> None:
     mark = tokens[0]
     further = tokens.count(mark) - list(first.prompt_token_ids).count(mark)
     assert further in range(4, 19, 2)
+
+
+SAID = ("Count to ten, slowly and aloud.", "And then?", "Why is that so? " * 6, "Go on.")
+session_turns = st.lists(
+    st.tuples(
+        st.sampled_from(("first", "second")),
+        st.sampled_from(("new turn", "new turn", "everything", "an edited history")),
+        st.sampled_from(SAID),
+    ),
+    min_size=5,
+    max_size=8,
+)
+
+
+# Shrinking would replay turns in sessions that remember them.
+@settings(max_examples=3, phases=(Phase.explicit, Phase.generate), derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
+@given(history=session_turns)
+@on_a_server
+async def test_sessions_change_no_token_of_an_answer(
+    inference: Any, forgetful: Any, history: list[tuple[str, str, str]]
+) -> None:
+    """Two conversations in whatever style, edited or not: each answer is that of a core without memory."""
+    opening = system("Be brief and kind. " * 8)
+    known: dict[str, list[chat_pb2.Message]] = {}
+    for name, style, said in history:
+        if name not in known:
+            style, known[name] = "everything", [opening]
+        if style == "an edited history":
+            del known[name][-2:]
+        known[name] = [*(known[name] or [opening]), user(said)]
+        sent = known[name][-1:] if style == "new turn" else known[name]
+        answer = await inference.Chat(in_session(name, *sent, ignore_eos=True, max_tokens=9))
+        known[name].append(assistant(text_of(answer)))
+        plain = completion_pb2.CompleteRequest(
+            model=TINY,
+            tokens=completion_pb2.TokenPrompt(token_ids=answer.prompt_token_ids),
+            sampling=sampling_pb2.SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True),
+            include_token_ids=True,
+        )
+        expected = await forgetful.Complete(plain)
+        assert list(answer.choices[0].token_ids) == list(expected.choices[0].token_ids)
+        assert answer.usage.cached_prompt_tokens > 0 or len(known[name]) == 3

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import grpc
 import pytest
 
-from osaurus_grpc.server.app import StartError
+from osaurus_grpc.server.app import Core, StartError
+from osaurus_grpc.v1 import model_service_pb2, model_service_pb2_grpc
 from tests.models.test_residency import another_vocabulary, copies
 
 from .cores import chat_request, inference_stub, running_core
@@ -24,7 +26,8 @@ def counter(exposition: bytes, name: str) -> float:
 
 
 async def test_answers_stay_the_same_and_guesses_are_counted(tiny_dir: Path, tmp_path: Path) -> None:
-    copies(tiny_dir, tmp_path, "tiny-llama", "twin")
+    copies(tiny_dir, tmp_path, "tiny-llama", "twin", "other")
+    another_vocabulary(tmp_path / "other")
     request = chat_request(REPETITIVE, max_tokens=60, ignore_eos=True)
     async with running_core(tmp_path) as core, inference_stub(core.address) as inference:
         expected = await inference.Chat(request)
@@ -40,17 +43,27 @@ async def test_answers_stay_the_same_and_guesses_are_counted(tiny_dir: Path, tmp
         text = core.telemetry.exposition()
         drafted = counter(text, "osaurus_drafted_tokens")
         assert 0 < counter(text, "osaurus_accepted_tokens") <= drafted
+        assert await drafts_of(core, "tiny-llama", "other") == ["twin", ""]
+
+
+async def drafts_of(core: Core, *names: str) -> list[str]:
+    """What models say drafts for them, once they are loaded."""
+    async with grpc.aio.insecure_channel(core.address) as channel:
+        models: model_service_pb2_grpc.ModelServiceAsyncStub
+        models = model_service_pb2_grpc.ModelServiceStub(channel)
+        requests = [model_service_pb2.LoadModelRequest(model=name) for name in names]
+        return [(await models.LoadModel(request)).model.draft_model for request in requests]
 
 
 @pytest.mark.parametrize(
     ("draft", "why"),
-    [("other", "has another vocabulary"), ("nowhere", "cannot draft with the model nowhere")],
+    [("broken", "its tokenizer files are damaged"), ("nowhere", "cannot draft with the model nowhere")],
 )
 async def test_a_draft_model_that_cannot_draft_keeps_the_core_from_starting(
     tiny_dir: Path, tmp_path: Path, draft: str, why: str
 ) -> None:
-    copies(tiny_dir, tmp_path, "tiny-llama", "other")
-    another_vocabulary(tmp_path / "other")
+    copies(tiny_dir, tmp_path, "tiny-llama", "broken")
+    (tmp_path / "broken" / "tokenizer.json").write_text("{")
     with pytest.raises(StartError, match=why):
-        async with running_core(tmp_path, draft_model=draft, preload_model="tiny-llama"):
+        async with running_core(tmp_path, draft_model=draft):
             pass

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from osaurus_grpc.engine.arrivals import Arrival
 from osaurus_grpc.engine.types import GenerationRequest
 from osaurus_grpc.server.app import Core
 from osaurus_grpc.v1 import chat_pb2
@@ -18,9 +19,9 @@ async def test_system_prompts_are_stable(core: Core, inference: Any, monkeypatch
     asked: list[GenerationRequest] = []
     generate = core.engine.generate
 
-    def watched(request: GenerationRequest) -> Any:
+    def watched(request: GenerationRequest, arrival: Arrival | None = None) -> Any:
         asked.append(request)
-        return generate(request)
+        return generate(request, arrival)
 
     monkeypatch.setattr(core.engine, "generate", watched)
     system = chat_pb2.Message(

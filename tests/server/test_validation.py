@@ -7,13 +7,12 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from osaurus_grpc.errors import CapabilityError, ContextLengthError, OsaurusError
+from osaurus_grpc.errors import ContextLengthError, OsaurusError
 from osaurus_grpc.server import convert
 from osaurus_grpc.server.status import status_from_error
 from osaurus_grpc.server.validation import (
     FieldViolationsError,
     chat_violations,
-    require_supported,
     require_valid,
     vocabulary_violations,
 )
@@ -91,11 +90,10 @@ def test_whatever_is_wrong_is_told_and_whatever_passes_converts(request: chat_pb
 @given(requests)
 def test_every_refusal_fits_into_the_trailers(request: chat_pb2.ChatRequest) -> None:
     refusals: list[OsaurusError] = []
-    for check in (lambda: require_valid(chat_violations(request)), lambda: require_supported(request)):
-        try:
-            check()
-        except (FieldViolationsError, CapabilityError) as error:
-            refusals.append(error)
+    try:
+        require_valid(chat_violations(request))
+    except FieldViolationsError as error:
+        refusals.append(error)
     assert all(_trailer_bytes(refusal) < TRAILER_BYTES for refusal in refusals)
 
 
