@@ -9,12 +9,14 @@ import sys
 from collections.abc import Sequence
 
 from rest_shim.app import StartError, serve_until
+from rest_shim.descriptors import ExhaustionHandler, raise_limit
 from rest_shim.settings import Settings, read
 
 
 async def _serve(settings: Settings) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(ExhaustionHandler())
 
     def stop_once(number: signal.Signals) -> None:
         stop.set()
@@ -34,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         format="%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
         stream=sys.stderr,
     )
+    raise_limit()
     try:
         asyncio.run(_serve(settings))
     except StartError as error:

@@ -15,6 +15,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from rest_shim.anthropic.routes import AnthropicRoutes
+from rest_shim.arrival import HELD_BODIES, HeldBodies
 from rest_shim.backend import Backend
 from rest_shim.callers import ANTHROPIC_REQUEST_ID_HEADER, REQUEST_ID_HEADER, request_id_of
 from rest_shim.errors import (
@@ -27,11 +28,13 @@ from rest_shim.errors import (
     refusal_from_core,
     refusal_from_status,
 )
+from rest_shim.keys import KeyGate
 from rest_shim.metrics import HttpMetrics
 from rest_shim.ollama.library import LibraryRoutes
 from rest_shim.ollama.routes import OllamaRoutes
 from rest_shim.openai.routes import OpenAIRoutes
 from rest_shim.origins import check_host, cors_headers, preflight
+from rest_shim.progress import RequestsInProgress, take_back_expulsion
 from rest_shim.protocol import HttpRunner
 from rest_shim.responses.routes import ResponsesRoutes
 from rest_shim.routing import Dialect, Handler, Route, RouteTable
@@ -52,6 +55,9 @@ _EXPOSURE_CHECK_SECONDS = 30.0
 # How long an idle connection is kept for its next request.
 _IDLE_CONNECTION_SECONDS = 75.0
 
+# For requests that were ended to tell their clients.
+_GOODBYE_SECONDS = 1.0
+
 # Nginx's word for a client that left; it appears in logs and metrics only.
 _CLIENT_CLOSED_REQUEST = 499
 
@@ -67,11 +73,18 @@ class StartError(Exception):
 
 
 class RestShim:
-    """What surrounds the routes of one application."""
+    """What surrounds the routes of one application.
+
+    Attributes:
+        progress: The requests that are being answered.
+    """
 
     def __init__(self, backend: Backend, settings: Settings) -> None:
         self._settings = settings
-        self._metrics = HttpMetrics()
+        self._gate = KeyGate(backend)
+        self._bodies = HeldBodies(settings.max_held_body_bytes)
+        self._metrics = HttpMetrics(self._bodies)
+        self.progress = RequestsInProgress()
         self._table = RouteTable(
             (
                 *StatusRoutes(backend, self._metrics).routes(),
@@ -94,6 +107,7 @@ class RestShim:
             middlewares=[self._observe, self._answer_errors],
             client_max_size=self._settings.max_body_bytes,
         )
+        app[HELD_BODIES] = self._bodies
         app.on_response_prepare.append(self._add_headers)
         self._table.register(app.router)
         return app
@@ -130,6 +144,7 @@ class RestShim:
             status = response.status
             return response
         finally:
+            self._bodies.release(request)
             seconds = time.monotonic() - started
             route = self._table.pattern(request.path)
             self._metrics.end(request.method, route, status, seconds)
@@ -147,7 +162,14 @@ class RestShim:
             check_host(request, self._settings)
             if request.method == "OPTIONS":
                 return preflight(request, self._table.methods(request.path))
-            return await handler(request)
+            with self.progress.enter(request):
+                await self._gate.require(request)
+                return await handler(request)
+        except asyncio.CancelledError:
+            expulsion = take_back_expulsion(request)
+            if expulsion is None:
+                raise
+            return self._error(request, expulsion)
         except Refusal as refusal:
             return self._error(request, refusal)
         except CoreError as error:
@@ -187,8 +209,8 @@ class RestShim:
 async def serving(settings: Settings) -> AsyncIterator[Sequence[str]]:
     """Serve inside the context; yields the addresses as URLs.
 
-    On leaving it, the server stops listening, running requests get drain_seconds to end, and the
-    connection to the core is closed last.
+    On leaving it, the server stops listening, running requests get drain_seconds to end, those that are
+    left are ended with an error, and the connection to the core is closed last.
 
     Raises:
         StartError: The address cannot be bound or must not be exposed.
@@ -203,18 +225,36 @@ async def serving(settings: Settings) -> AsyncIterator[Sequence[str]]:
         # Without it aiohttp notices a client that leaves only at the next write.
         handler_cancellation=True,
         access_log=None,
+        # arrival.py unfolds compressed bodies.
+        auto_decompress=False,
         logger=http_log,
         keepalive_timeout=_IDLE_CONNECTION_SECONDS,
-        shutdown_timeout=settings.drain_seconds,
+        shutdown_timeout=_GOODBYE_SECONDS,
+        send_timeout_seconds=settings.send_timeout_seconds,
     )
     try:
         await _check_exposure(backend, settings)
         await runner.setup()
         await _bind(runner, settings)
         yield [_url(address) for address in runner.addresses]
+        await _drain(runner, shim.progress, settings.drain_seconds)
     finally:
         await runner.cleanup()
         await backend.close()
+
+
+async def _drain(runner: web.AppRunner, progress: RequestsInProgress, seconds: float) -> None:
+    """Stop listening, give running requests so long, and end those that are left with an error."""
+    for site in list(runner.sites):
+        await site.stop()
+    # What waits on kept-alive connections was sent by clients that saw a server.
+    await asyncio.sleep(0)
+    if runner.server is not None:
+        runner.server.pre_shutdown()
+    await progress.drain(seconds)
+    if progress:
+        log.warning("ending requests count=%d", len(progress))
+        await progress.expel(_GOODBYE_SECONDS)
 
 
 async def _check_exposure(backend: Backend, settings: Settings) -> None:

@@ -232,6 +232,17 @@ class Backend:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
+    async def show_key(self, caller: Caller) -> None:
+        """Have the core judge a caller's key, and do no more.
+
+        Raises:
+            CoreError: UNAUTHENTICATED, or the core does not answer.
+        """
+        request = inference_service_pb2.ListModelsRequest(page_size=1)
+        await _answer(
+            self._inference.ListModels(request, timeout=_HEALTH_TIMEOUT_SECONDS, metadata=caller.metadata())
+        )
+
     async def asks_for_key(self, timeout_seconds: float) -> bool:
         """Whether the core refuses a caller without a key; waits for the core to come up.
 
@@ -280,6 +291,7 @@ def _core_error(error: grpc.aio.AioRpcError) -> CoreError:
     if status is None:
         return CoreError(code)
     reason, field, retry_after, message = "", "", None, status.message
+    metadata: dict[str, str] = {}
     info, bad, retry = (
         error_details_pb2.ErrorInfo(),
         error_details_pb2.BadRequest(),
@@ -288,7 +300,7 @@ def _core_error(error: grpc.aio.AioRpcError) -> CoreError:
     for detail in status.details:
         if detail.Unpack(info):
             if info.domain == ERROR_DOMAIN:
-                reason = info.reason
+                reason, metadata = info.reason, dict(info.metadata)
                 field = field or info.metadata.get("field", "")
         elif detail.Unpack(bad):
             first = next((violation for violation in bad.field_violations if violation.field), None)
@@ -299,4 +311,4 @@ def _core_error(error: grpc.aio.AioRpcError) -> CoreError:
                     message = first.description
         elif detail.Unpack(retry):
             retry_after = retry.retry_delay.ToTimedelta().total_seconds()
-    return CoreError(code, reason, message, field=field, retry_after_seconds=retry_after)
+    return CoreError(code, reason, message, field=field, retry_after_seconds=retry_after, metadata=metadata)

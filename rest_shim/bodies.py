@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
+from rest_shim.arrival import SMALL_BYTES, read_bytes
 from rest_shim.errors import Refusal
 
 MAX_DEPTH = 128
@@ -32,8 +33,6 @@ MAX_DEPTH = 128
 MAX_BRACKETS = 250_000
 MAX_COMMAS = 1_000_000
 
-# Larger bodies are read in a thread, so that running streams go on meanwhile.
-_INLINE_BYTES = 256 * 1024
 EMPTY_BODY_TEXT = "missing request body"
 
 # A union member's tag shows up in a pydantic error's location; this prefix tells it from a key.
@@ -41,6 +40,12 @@ TAG_PREFIX = "~"
 
 # Of a key that a client made up, in a path shown to it.
 _MAX_KEY_CHARACTERS = 64
+
+# What pydantic appends where an object's key is wrong, and not its value.
+_KEY_ITSELF = "[key]"
+
+# The error type of unions that are told apart by "type"; where one is given, it is what is wrong.
+UNKNOWN_VARIANT = "unknown_variant"
 
 # The error type whose message is shown as it is.
 VERBATIM = "verbatim"
@@ -93,31 +98,14 @@ async def read_body(request: web.Request, schema: type[_Schema], timeout_seconds
     """The request's body, checked; JSON whatever its Content-Type says (curl -d sends a form's).
 
     Raises:
-        Refusal: It is too large, did not arrive in time, or is not what the schema asks for.
-    """
-    data = await read_bytes(request, timeout_seconds)
-    if len(data) <= _INLINE_BYTES:
-        return validate(schema, parse_object(data))
-    return await asyncio.to_thread(lambda: validate(schema, parse_object(data)))
-
-
-async def read_bytes(request: web.Request, timeout_seconds: float) -> bytes:
-    """The request's body as it came; it may be read again.
-
-    Raises:
-        Refusal: It did not arrive in time, or not as its headers say.
+        Refusal: It did not arrive as it should, or is not what the schema asks for.
         web.HTTPRequestEntityTooLarge: It is too large.
     """
-    limit = request.client_max_size
-    if request.content_length is not None and request.content_length > limit:
-        raise web.HTTPRequestEntityTooLarge(limit, request.content_length)
-    try:
-        async with asyncio.timeout(timeout_seconds):
-            return await request.read()
-    except TimeoutError:
-        raise Refusal(408, "The request body did not arrive in time.", code="request_timeout") from None
-    except web.RequestPayloadError:
-        raise Refusal(400, "The request body is not encoded as its headers say.") from None
+    data = await read_bytes(request, timeout_seconds)
+    if len(data) <= SMALL_BYTES:
+        return validate(schema, parse_object(data))
+    # Running streams go on meanwhile.
+    return await asyncio.to_thread(lambda: validate(schema, parse_object(data)))
 
 
 def parse_object(data: bytes) -> dict[str, object]:
@@ -154,7 +142,7 @@ def validate(schema: type[_Schema], value: object) -> _Schema:
     try:
         return schema.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        first = error.errors(include_url=False)[0]
         raise _refusal(first) from None
 
 
@@ -164,6 +152,9 @@ def json_path(location: tuple[int | str, ...]) -> str:
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
+        elif part == _KEY_ITSELF:
+            # It is said of the key before it.
+            continue
         elif not part.startswith(TAG_PREFIX):
             key = part if len(part) <= _MAX_KEY_CHARACTERS else f"{part[:_MAX_KEY_CHARACTERS]}..."
             path += f".{key}" if path else key
@@ -172,18 +163,23 @@ def json_path(location: tuple[int | str, ...]) -> str:
 
 def _refusal(error: ErrorDetails) -> Refusal:
     path = json_path(error["loc"])
+    value = error["input"]
+    if error["type"] == UNKNOWN_VARIANT and isinstance(value, dict) and "type" in value:
+        path += ".type"
     match error["type"]:
         case "missing":
+            reason = error["msg"]
             message = f"Missing required parameter: '{path}'."
         case "verbatim":
-            message = error["msg"]
+            reason = message = error["msg"]
         case "model_type" | "dict_type":
             # pydantic's own words name a class of ours.
+            reason = "Input should be an object"
             message = f"Invalid '{path}': input should be an object."
         case _:
             reason = error["msg"].removeprefix("Value error, ").rstrip(".")
             message = f"Invalid '{path}': {reason[:1].lower()}{reason[1:]}."
-    return Refusal(400, message, param=path or None)
+    return Refusal(400, message, param=path or None, reason=reason)
 
 
 def _decode(text: str) -> object:

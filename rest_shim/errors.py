@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -31,6 +32,7 @@ class CoreError(Exception):
         message: The status's text. Safe to show only where reason is set.
         field: Path of the offending field in the protobuf request, or "".
         retry_after_seconds: The core's RetryInfo, or None.
+        metadata: What is variable in the message, as the status's ErrorInfo names it.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class CoreError(Exception):
         *,
         field: str = "",
         retry_after_seconds: float | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(f"{code} {reason}".rstrip())
         self.code = code
@@ -48,6 +51,7 @@ class CoreError(Exception):
         self.message = message
         self.field = field
         self.retry_after_seconds = retry_after_seconds
+        self.metadata: Mapping[str, str] = metadata or {}
 
 
 class Refusal(Exception):
@@ -59,6 +63,7 @@ class Refusal(Exception):
         kind: OpenAI's error type.
         code: OpenAI's error code.
         param: Path of the offending field in the JSON request, or None.
+        reason: What is wrong with that field, without its name, where the message is made of both.
         headers: Further response headers.
         details: What programs read of it beside the text, in Anthropic's dialect.
     """
@@ -71,6 +76,7 @@ class Refusal(Exception):
         kind: str = "invalid_request_error",
         code: str = "invalid_request",
         param: str | None = None,
+        reason: str = "",
         headers: Mapping[str, str] | None = None,
         details: Mapping[str, object] | None = None,
     ) -> None:
@@ -80,6 +86,7 @@ class Refusal(Exception):
         self.kind = kind
         self.code = code
         self.param = param
+        self.reason = reason
         self.headers: dict[str, str] = dict(headers or {})
         self.details: dict[str, object] = dict(details or {})
 
@@ -93,6 +100,8 @@ class _Verdict:
     field: str = ""
     # SDKs retry every 5xx and 409; "false" tells them that it is no use.
     is_retryable: bool = True
+    # As if not retryable, unless the core says after what time to try again.
+    is_retryable_if_told: bool = False
     needs_retry_after: bool = False
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -117,7 +126,8 @@ _BY_REASON: Mapping[str, _Verdict] = {
     "MODEL_UNUSABLE": _Verdict(500, "server_error", "model_unusable", field="model", is_retryable=False),
     "OVERLOADED": _BUSY,
     "RATE_LIMITED": _BUSY,
-    "INSUFFICIENT_MEMORY": _AWAY,
+    # What never fits is told apart from what does not fit now by the core's RetryInfo alone.
+    "INSUFFICIENT_MEMORY": _Verdict(503, "server_error", "service_unavailable", is_retryable_if_told=True),
     "DRAINING": _AWAY,
     "UNAUTHENTICATED": _NO_KEY,
     "DEADLINE_EXCEEDED": _TIMEOUT,
@@ -158,15 +168,16 @@ def refusal_from_core(error: CoreError, json_path: Callable[[str], str] = str) -
         verdict, message = _BY_CODE.get(error.code, (_FAILED, FAILED_TEXT))
     field = error.field or verdict.field
     param = json_path(field) if field else None
-    if param is not None:
-        message = _in_their_words(message, error.field, param)
+    reason = "" if param is None else _without_name(message, error.field)
+    if reason and param != error.field:
+        message = f"Invalid '{param}': {reason}"
     headers = dict(verdict.headers)
     retry_after = error.retry_after_seconds
     if retry_after is None and verdict.needs_retry_after:
         retry_after = _DEFAULT_RETRY_SECONDS
     if retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
-    if not verdict.is_retryable:
+    if not verdict.is_retryable or (verdict.is_retryable_if_told and retry_after is None):
         headers["x-should-retry"] = "false"
     return Refusal(
         verdict.status,
@@ -174,22 +185,35 @@ def refusal_from_core(error: CoreError, json_path: Callable[[str], str] = str) -
         kind=verdict.kind,
         code=verdict.code,
         param=param,
+        reason=reason,
         headers=headers,
     )
 
 
-def _in_their_words(message: str, field: str, param: str) -> str:
-    """A core's sentence about a field, with the name that the client knows the field by."""
+def _without_name(message: str, field: str) -> str:
+    """A core's sentence about a field without the field's name; "" where it does not begin with it."""
     for name in (field, field.removeprefix("sampling.")):
         rest = message.removeprefix(name)
-        if name and name != param and rest != message and rest[0] in " :":
-            return f"Invalid '{param}': {rest.lstrip(' :')}"
-    return message
+        if name and rest != message and rest[:1] in (" ", ":"):
+            return rest.lstrip(" :")
+    return ""
 
 
 def internal_refusal() -> Refusal:
     """The answer to an exception nobody foresaw."""
     return Refusal(500, FAILED_TEXT, kind=_FAILED.kind, code=_FAILED.code)
+
+
+def draining_refusal() -> Refusal:
+    """The answer to a request that the server's end leaves no time for, as the core words it."""
+    return refusal_from_core(CoreError("UNAVAILABLE", "DRAINING", "The server is shutting down."))
+
+
+def crowded_refusal() -> Refusal:
+    """The answer to a large request for which there is no room beside others."""
+    text = "Too many large requests are being answered; try again shortly."
+    headers = {"Retry-After": str(math.ceil(_DEFAULT_RETRY_SECONDS))}
+    return Refusal(503, text, kind=_AWAY.kind, code=_AWAY.code, headers=headers)
 
 
 def not_implemented_refusal(what: str) -> Refusal:
@@ -234,6 +258,9 @@ def ollama_body(refusal: Refusal) -> dict[str, object]:
     return {"error": " ".join(refusal.message.splitlines())}
 
 
+# "messages[0].content[1]" is "messages.0.content.1" there.
+_INDEX = re.compile(r"\[(\d+)\]")
+
 _ANTHROPIC_TYPES: Mapping[int, str] = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -249,12 +276,15 @@ _ANTHROPIC_TYPES: Mapping[int, str] = {
 
 
 def anthropic_body(refusal: Refusal, request_id: str) -> dict[str, object]:
-    """Anthropic's error object."""
+    """Anthropic's error object. It has no place for the field's path, so that its text begins with it."""
     fallback = "api_error" if refusal.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
     error: dict[str, object] = {
         "type": _ANTHROPIC_TYPES.get(refusal.status, fallback),
         "message": refusal.message,
     }
+    if refusal.param and refusal.status == HTTPStatus.BAD_REQUEST:
+        place = _INDEX.sub(r".\1", refusal.param)
+        error["message"] = f"{place}: {refusal.reason or refusal.message}"
     if refusal.details:
         error["details"] = refusal.details
     return {"type": "error", "error": error, "request_id": request_id}

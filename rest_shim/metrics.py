@@ -5,6 +5,8 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from rest_shim.arrival import HeldBodies
+
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -12,9 +14,13 @@ _DURATION_BUCKETS = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 
 
 class HttpMetrics:
-    """What was asked over HTTP and how it went; one registry each, so that tests can have many."""
+    """What was asked over HTTP and how it went; one registry each, so that tests can have many.
 
-    def __init__(self) -> None:
+    Args:
+        bodies: The large bodies in memory.
+    """
+
+    def __init__(self, bodies: HeldBodies) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "osaurus_http_requests",
@@ -32,6 +38,12 @@ class HttpMetrics:
         self._running = Gauge(
             "osaurus_http_requests_in_progress", "HTTP requests being answered.", registry=self._registry
         )
+        held = Gauge(
+            "osaurus_http_body_bytes",
+            "Bytes of large request bodies in memory.",
+            registry=self._registry,
+        )
+        held.set_function(lambda: bodies.nbytes)
 
     def begin(self) -> None:
         """Count a request in."""

@@ -11,10 +11,15 @@ import asyncio
 import logging
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
-from aiohttp.http_exceptions import BadStatusLine, HttpProcessingError, InvalidURLError, LineTooLong
+from aiohttp.http_exceptions import (
+    BadStatusLine,
+    HttpProcessingError,
+    InvalidURLError,
+    LineTooLong,
+)
 from aiohttp.web_protocol import _ErrInfo
 
 from rest_shim.errors import Refusal, internal_refusal, refusal_from_status
@@ -49,11 +54,68 @@ def refusal_of_malformed(error: BaseException | None) -> Refusal:
 class HttpProtocol(web.RequestHandler):
     """One connection, whose unreadable requests get an answer of ours."""
 
-    __slots__ = ("_answer",)
+    __slots__ = ("_answer", "_link", "_send_timeout_seconds", "_stall", "_unsent_bytes")
 
-    def __init__(self, manager: web.Server, *, answer: Answer, **settings: Any) -> None:
+    def __init__(
+        self, manager: web.Server, *, answer: Answer, send_timeout_seconds: float, **settings: Any
+    ) -> None:
         super().__init__(manager, **settings)
         self._answer = answer
+        self._send_timeout_seconds = send_timeout_seconds
+        # aiohttp forgets its transport when it closes it; that one still waits for its last bytes to go.
+        self._link: asyncio.WriteTransport | None = None
+        self._stall: asyncio.TimerHandle | None = None
+        self._unsent_bytes = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client is there."""
+        self._link = cast("asyncio.WriteTransport", transport)
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The connection is closed, by whomever."""
+        self._forget_reader()
+        self._link = None
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """More is to be sent than the client takes; it must go on reading, or its connection is cut."""
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        """The client has read enough."""
+        self._forget_reader()
+        super().resume_writing()
+
+    async def start(self) -> None:
+        """Answer the connection's requests; what is unsent after the last must be read, too."""
+        try:
+            await super().start()
+        finally:
+            if self._link is not None and self._link.get_write_buffer_size():
+                self._watch_reader()
+
+    def _watch_reader(self) -> None:
+        self._forget_reader()
+        if self._link is not None:
+            self._unsent_bytes = self._link.get_write_buffer_size()
+            self._stall = self._loop.call_later(self._send_timeout_seconds, self._check_reader)
+
+    def _forget_reader(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
+    def _check_reader(self) -> None:
+        """Cut the connection of a client that took not one byte; it may be as slow as it likes."""
+        if self._link is None:
+            return
+        if self._link.get_write_buffer_size() < self._unsent_bytes:
+            self._watch_reader()
+            return
+        log.info("cut connection of client that does not read unsent_bytes=%d", self._unsent_bytes)
+        self._link.abort()
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the client; where they break off a body, its handler hears of it.
@@ -80,8 +142,11 @@ class HttpProtocol(web.RequestHandler):
         """The answer to what no handler answered; the connection ends with it.
 
         Raises:
-            ConnectionError: An answer has begun already.
+            ConnectionError: An answer has begun already, or the client left.
         """
+        if isinstance(exc, ConnectionError):
+            # The client left while it was answered: nobody is there to be told.
+            raise exc
         if status < HTTPStatus.INTERNAL_SERVER_ERROR:
             # Not the error's text, which quotes headers; its kind says enough.
             log.info("refused malformed request kind=%s", type(exc).__name__)

@@ -13,6 +13,7 @@ from enum import Enum, auto
 
 from aiohttp import web
 
+from rest_shim.arrival import continue_if_welcome
 from rest_shim.errors import not_implemented_refusal
 
 PREFIXES = ("/v1/api", "/api", "/v1")
@@ -82,9 +83,9 @@ class RouteTable:
             for prefix in ("", *PREFIXES, *((ANTHROPIC_PREFIX,) if is_anthropic else ())):
                 for path in _spellings(prefix, pattern):
                     if method == "GET":
-                        router.add_get(path, handler, allow_head=True)
+                        router.add_get(path, handler, allow_head=True, expect_handler=continue_if_welcome)
                     else:
-                        router.add_route(method, path, handler)
+                        router.add_route(method, path, handler, expect_handler=continue_if_welcome)
 
     def find(self, path: str) -> list[Route]:
         """The routes of a request's path, one a method; empty where there are none."""

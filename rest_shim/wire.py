@@ -18,6 +18,7 @@ from typing import Protocol, Self, TypeVar
 from aiohttp import web
 
 from rest_shim.errors import CoreError, Refusal, internal_refusal, refusal_from_core
+from rest_shim.progress import take_back_expulsion
 from rest_shim.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -127,6 +128,11 @@ class HttpStream:
             self._cut.cancel()
 
     @property
+    def request(self) -> web.Request:
+        """What is answered."""
+        return self._request
+
+    @property
     def is_started(self) -> bool:
         """Whether the status line is decided."""
         return self._response.prepared
@@ -216,6 +222,7 @@ async def relay(
 
     Raises:
         CoreError: The stream failed before its first byte.
+        Refusal: The server's end came before it.
     """
     async with stream:
         try:
@@ -233,11 +240,23 @@ async def relay(
             return await stream.finish()
         except ConnectionError:
             raise
-        except Exception as error:
-            await stream.quiet()
-            if not stream.is_started:
+        except asyncio.CancelledError:
+            refusal = None if encoder.is_complete else take_back_expulsion(stream.request)
+            if refusal is None:
                 raise
-            return await stream.fail(encoder.failure(_stream_refusal(error, json_path)))
+            return await _end(stream, encoder, refusal, refusal)
+        except Exception as error:  # noqa: BLE001 - whatever went wrong, a stream does not just end
+            return await _end(stream, encoder, error, _stream_refusal(error, json_path))
+
+
+async def _end(
+    stream: HttpStream, encoder: Encoder[_Event], error: Exception, refusal: Refusal
+) -> web.StreamResponse:
+    """Tell the client that there is no more, in the stream where it has begun."""
+    await stream.quiet()
+    if not stream.is_started:
+        raise error
+    return await stream.fail(encoder.failure(refusal))
 
 
 def _stream_refusal(error: Exception, json_path: Callable[[str], str]) -> Refusal:

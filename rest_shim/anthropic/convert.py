@@ -12,6 +12,7 @@ import base64
 import binascii
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import assert_never
 
@@ -34,6 +35,39 @@ _TOOL_CHOICES = {
     "none": chat_pb2.TOOL_CHOICE_MODE_NONE,
 }
 _RESULT_TYPES = (schema.TextBlock, schema.ImageBlock, schema.DocumentBlock, schema.SearchResultBlock)
+
+
+@dataclass(slots=True)
+class _Turn:
+    """A message of the core's, and where in the request it came from.
+
+    Attributes:
+        message: The message.
+        path: The JSON path of what it was made of; neighbouring messages are one, and the first counts.
+        parts: Those of its content.
+        calls: Those of its calls.
+    """
+
+    message: chat_pb2.Message
+    path: str
+    parts: list[str] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+
+    def add(self, part: chat_pb2.ContentPart, path: str) -> None:
+        """Append a part."""
+        self.message.content.append(part)
+        self.parts.append(path)
+
+    def add_paragraph(self, part: chat_pb2.ContentPart, path: str) -> None:
+        """Append a part; a text that follows a text begins a paragraph."""
+        content = self.message.content
+        if content and content[-1].WhichOneof("part") == part.WhichOneof("part") == "text":
+            part.text = _PARAGRAPH + part.text
+        self.add(part, path)
+
+
+def _refused(path: str, reason: str) -> Refusal:
+    return Refusal(400, f"Invalid '{path}': {reason}", param=path, reason=reason)
 
 
 def chat_request(body: schema.MessagesBody) -> chat_pb2.ChatRequest:
@@ -75,7 +109,7 @@ def prompt_request(body: schema.CountBody) -> chat_pb2.ChatRequest:
     """
     request = chat_pb2.ChatRequest(
         model=body.model,
-        messages=_conversation(body),
+        messages=[turn.message for turn in _turns(body)],
         tools=[_tool(tool) for tool in body.tools],
     )
     _set_tool_choice(request, body)
@@ -105,8 +139,7 @@ def _set_thinking(request: chat_pb2.ChatRequest, body: schema.CountBody) -> None
         return
     if thinking.type == "enabled":
         if thinking.budget_tokens is None:
-            path = "thinking.budget_tokens"
-            raise Refusal(400, f"Missing required parameter: '{path}'.", param=path)
+            raise _refused("thinking.budget_tokens", "Field required")
         request.reasoning_enabled = True
         request.max_reasoning_tokens = thinking.budget_tokens
     # "adaptive" leaves it to the model, so to its template's default.
@@ -119,9 +152,9 @@ def _set_tool_choice(request: chat_pb2.ChatRequest, body: schema.CountBody) -> N
     if choice is None:
         return
     if choice.type in ("any", "tool") and not body.tools:
-        raise Refusal(400, "'tool_choice' is only allowed when 'tools' are given.", param="tool_choice")
+        raise _refused("tool_choice", "it is only allowed when 'tools' are given.")
     if choice.type == "tool" and choice.name not in {tool.name for tool in body.tools}:
-        raise Refusal(400, "'tool_choice.name' is not in 'tools'.", param="tool_choice.name")
+        raise _refused("tool_choice.name", "it is not among the tools.")
     if not body.tools:
         return
     request.tool_choice.mode = _TOOL_CHOICES[choice.type]
@@ -142,20 +175,22 @@ def _tool(tool: schema.Tool) -> chat_pb2.Tool:
     )
 
 
-def _conversation(body: schema.CountBody) -> list[chat_pb2.Message]:
-    turns: list[chat_pb2.Message] = []
+def _turns(body: schema.CountBody) -> list[_Turn]:
+    turns: list[_Turn] = []
     if any(block.text for block in body.system):
         text = _PARAGRAPH.join(block.text for block in body.system if block.text)
-        turns.append(_said(chat_pb2.ROLE_SYSTEM, text))
+        turns.append(_said(chat_pb2.ROLE_SYSTEM, text, "system"))
     names: dict[str, str] = {}
-    for role, messages in groupby(enumerate(body.messages), key=lambda entry: entry[1].role):
+    for role, group in groupby(enumerate(body.messages), key=lambda entry: entry[1].role):
+        messages = list(group)
+        path = f"messages[{messages[0][0]}]"
         match role:
             case "assistant":
-                turns.append(_assistant_turn(_placed(messages), names))
+                turns.append(_assistant_turn(path, _placed(messages), names))
             case "system":
                 turns.extend(_system_turn(message.content, index) for index, message in messages)
             case "user":
-                turns.extend(_user_turns(_placed(messages), names))
+                turns.extend(_user_turns(path, _placed(messages), names))
             case _:
                 assert_never(role)
     return turns
@@ -171,76 +206,74 @@ def _placed(
         if is_user and all(
             isinstance(block, schema.TextBlock) and not block.text for block in message.content
         ):
-            raise Refusal(400, f"'{path}' must not be empty.", param=path)
+            raise _refused(path, "it must not be empty.")
         for place, block in enumerate(message.content):
             yield f"{path}[{place}]", block
 
 
-def _said(role: chat_pb2.Role.ValueType, text: str) -> chat_pb2.Message:
-    return chat_pb2.Message(role=role, content=[chat_pb2.ContentPart(text=text)])
-
-
-def _add_part(turn: chat_pb2.Message, part: chat_pb2.ContentPart) -> None:
-    """Append a part; a text that follows a text begins a paragraph."""
-    if turn.content and turn.content[-1].WhichOneof("part") == part.WhichOneof("part") == "text":
-        part.text = _PARAGRAPH + part.text
-    turn.content.append(part)
-
-
-def _user_turns(
-    blocks: Iterable[tuple[str, schema.MessageBlock]], names: dict[str, str]
-) -> Iterator[chat_pb2.Message]:
-    """What the user says, and a turn for each tool result, in their order."""
-    said = chat_pb2.Message(role=chat_pb2.ROLE_USER)
-    for path, block in blocks:
-        if isinstance(block, schema.ToolResultBlock):
-            if said.content:
-                yield said
-                said = chat_pb2.Message(role=chat_pb2.ROLE_USER)
-            yield _tool_result(block, path, names)
-        elif isinstance(block, _RESULT_TYPES):
-            for part in _parts(block, path):
-                _add_part(said, part)
-        else:
-            raise Refusal(400, f"'{path}' is a block that only assistant messages have.", param=path)
-    if said.content:
-        yield said
-
-
-def _tool_result(block: schema.ToolResultBlock, path: str, names: dict[str, str]) -> chat_pb2.Message:
-    turn = chat_pb2.Message(
-        role=chat_pb2.ROLE_TOOL, tool_call_id=block.tool_use_id, name=names.get(block.tool_use_id, "")
-    )
-    for index, item in enumerate(block.content):
-        for part in _parts(item, f"{path}.content[{index}]"):
-            _add_part(turn, part)
-    if block.is_error:
-        # Chat templates have no other way to say so.
-        turn.content.insert(0, chat_pb2.ContentPart(text=_ERROR_MARK))
-    elif not turn.content:
-        turn.content.add(text="")
+def _said(role: chat_pb2.Role.ValueType, text: str, path: str) -> _Turn:
+    turn = _Turn(chat_pb2.Message(role=role), path)
+    turn.add(chat_pb2.ContentPart(text=text), path)
     return turn
 
 
-def _system_turn(blocks: Sequence[schema.MessageBlock], index: int) -> chat_pb2.Message:
+def _user_turns(
+    message_path: str, blocks: Iterable[tuple[str, schema.MessageBlock]], names: dict[str, str]
+) -> Iterator[_Turn]:
+    """What the user says, and a turn for each tool result, in their order."""
+    said = _Turn(chat_pb2.Message(role=chat_pb2.ROLE_USER), message_path)
+    for path, block in blocks:
+        if isinstance(block, schema.ToolResultBlock):
+            if said.parts:
+                yield said
+                said = _Turn(chat_pb2.Message(role=chat_pb2.ROLE_USER), message_path)
+            yield _tool_result(block, path, names)
+        elif isinstance(block, _RESULT_TYPES):
+            for part, place in _parts(block, path):
+                said.add_paragraph(part, place)
+        else:
+            raise _refused(path, "only assistant messages have blocks of this type.")
+    if said.parts:
+        yield said
+
+
+def _tool_result(block: schema.ToolResultBlock, path: str, names: dict[str, str]) -> _Turn:
+    message = chat_pb2.Message(
+        role=chat_pb2.ROLE_TOOL, tool_call_id=block.tool_use_id, name=names.get(block.tool_use_id, "")
+    )
+    turn = _Turn(message, path)
+    if block.is_error:
+        # Chat templates have no other way to say so.
+        turn.add(chat_pb2.ContentPart(text=_ERROR_MARK), f"{path}.is_error")
+    said = _Turn(chat_pb2.Message(), path)
+    for index, item in enumerate(block.content):
+        for part, place in _parts(item, f"{path}.content[{index}]"):
+            said.add_paragraph(part, place)
+    for part, place in zip(said.message.content, said.parts, strict=True):
+        turn.add(part, place)
+    if not turn.parts:
+        turn.add(chat_pb2.ContentPart(text=""), f"{path}.content")
+    return turn
+
+
+def _system_turn(blocks: Sequence[schema.MessageBlock], index: int) -> _Turn:
     texts = []
     for place, block in enumerate(blocks):
-        path = f"messages[{index}].content[{place}]"
         if not isinstance(block, schema.TextBlock):
-            raise Refusal(400, f"'{path}' is no text, and system messages hold text only.", param=path)
+            raise _refused(f"messages[{index}].content[{place}]", "system messages hold text only.")
         texts.append(block.text)
-    return _said(chat_pb2.ROLE_SYSTEM, _PARAGRAPH.join(text for text in texts if text))
+    return _said(chat_pb2.ROLE_SYSTEM, _PARAGRAPH.join(text for text in texts if text), f"messages[{index}]")
 
 
 def _assistant_turn(
-    blocks: Iterable[tuple[str, schema.MessageBlock]], names: dict[str, str]
-) -> chat_pb2.Message:
-    turn = chat_pb2.Message(role=chat_pb2.ROLE_ASSISTANT)
+    message_path: str, blocks: Iterable[tuple[str, schema.MessageBlock]], names: dict[str, str]
+) -> _Turn:
+    turn = _Turn(chat_pb2.Message(role=chat_pb2.ROLE_ASSISTANT), message_path)
     reasoning = []
     for path, block in blocks:
         match block:
             case schema.TextBlock():
-                turn.content.add(text=block.text)
+                turn.add(chat_pb2.ContentPart(text=block.text), f"{path}.text")
             case schema.ThinkingBlock():
                 reasoning.append(block.thinking)
             case schema.RedactedThinkingBlock():
@@ -248,41 +281,46 @@ def _assistant_turn(
             case schema.ToolUseBlock():
                 names[block.id] = block.name
                 call = chat_pb2.FunctionCall(name=block.name, arguments_json=dump(block.input))
-                turn.tool_calls.add(id=block.id, function=call)
+                turn.message.tool_calls.add(id=block.id, function=call)
+                turn.calls.append(path)
             case _:
-                raise Refusal(400, f"'{path}' is a block that only user messages have.", param=path)
-    turn.reasoning = "".join(reasoning)
-    if not turn.content and not turn.tool_calls:
-        turn.content.add(text="")
+                raise _refused(path, "only user messages have blocks of this type.")
+    turn.message.reasoning = "".join(reasoning)
+    if not turn.parts and not turn.calls:
+        turn.add(chat_pb2.ContentPart(text=""), f"{message_path}.content")
     return turn
 
 
 def _parts(
     block: schema.TextBlock | schema.ImageBlock | schema.DocumentBlock | schema.SearchResultBlock, path: str
-) -> Iterator[chat_pb2.ContentPart]:
-    """The parts of one block; none for an empty text."""
+) -> Iterator[tuple[chat_pb2.ContentPart, str]]:
+    """The parts of one block, each with its JSON path; none for an empty text."""
     match block:
         case schema.TextBlock():
             if block.text:
-                yield chat_pb2.ContentPart(text=block.text)
+                yield chat_pb2.ContentPart(text=block.text), f"{path}.text"
         case schema.ImageBlock():
-            yield chat_pb2.ContentPart(image=_image(block.source, f"{path}.source"))
+            yield chat_pb2.ContentPart(image=_image(block.source, f"{path}.source")), path
         case schema.DocumentBlock():
-            yield chat_pb2.ContentPart(text=_document_text(block, f"{path}.source"))
+            yield chat_pb2.ContentPart(text=_document_text(block, f"{path}.source")), f"{path}.source"
         case schema.SearchResultBlock():
             texts = (block.title, block.source, *(part.text for part in block.content))
-            yield chat_pb2.ContentPart(text="\n".join(text for text in texts if text))
+            yield chat_pb2.ContentPart(text="\n".join(text for text in texts if text)), path
         case _:
             assert_never(block)
 
 
 def _image(source: schema.ImageSource, path: str) -> chat_pb2.ImageContent:
     if source.type != "base64":
-        raise Refusal(400, "Remote images are not fetched; send the image in base64.", param=path)
+        raise _refused(
+            path,
+            "remote images are not fetched, unless the server was started with --allow-image-urls; send the "
+            "image in base64.",
+        )
     try:
         data = base64.b64decode(source.data, validate=True)
     except (binascii.Error, ValueError):
-        raise Refusal(400, f"Invalid '{path}.data': it is not valid base64.", param=f"{path}.data") from None
+        raise _refused(f"{path}.data", "it is not valid base64.") from None
     return chat_pb2.ImageContent(data=data, mime_type=source.media_type or "application/octet-stream")
 
 
@@ -293,17 +331,21 @@ def _document_text(block: schema.DocumentBlock, path: str) -> str:
         case "content":
             text = _PARAGRAPH.join(part.text for part in block.source.content)
         case _:
-            raise Refusal(400, "Of documents, only those of plain text are supported.", param=path)
+            raise _refused(path, "of documents, only those of plain text are supported.")
     return "\n".join(part for part in (block.title, block.context, text) if part)
 
 
-def json_path(field: str) -> str:
-    """A field of the protobuf request as the path in Anthropic's JSON.
+def json_path(body: schema.CountBody, field_path: str) -> str:
+    """A field of the protobuf request that a body was made into, as a path in that body.
 
-    Messages have other places there, so that of a message no more is said than that it is one.
+    Args:
+        body: What chat_request() or prompt_request() read.
+        field_path: The protobuf path, for example "messages[2].content[0].text".
     """
-    if field.startswith("messages"):
-        return "messages"
+    path = field_path.removeprefix("chat.")
+    if found := _MESSAGE_FIELD.match(path):
+        turns = _turns(body)
+        return _message_path(turns[int(found["index"])], found) if int(found["index"]) < len(turns) else path
     renamed = {
         "sampling.stop": "stop_sequences",
         "max_reasoning_tokens": "thinking.budget_tokens",
@@ -312,7 +354,25 @@ def json_path(field: str) -> str:
         "response_format.json_schema.schema_json": "output_config.format.schema",
     }
     for ours, theirs in renamed.items():
-        if field == ours or field.startswith(f"{ours}["):
-            return theirs + field.removeprefix(ours)
-    path = field.removeprefix("chat.").removeprefix("sampling.")
-    return re.sub(r"^(tools\[\d+\])\.function\.parameters_json", r"\1.input_schema", path)
+        if path == ours or path.startswith(f"{ours}["):
+            return theirs + path.removeprefix(ours)
+    path = path.removeprefix("sampling.")
+    if path.startswith("tools["):
+        return path.replace("].function", "]", 1).replace("parameters_json", "input_schema", 1)
+    return path
+
+
+_MESSAGE_FIELD = re.compile(
+    r"messages\[(?P<index>\d+)\](?:\.(?P<list>content|tool_calls)\[(?P<place>\d+)\])?\.?(?P<rest>.*)"
+)
+_CALL_FIELDS = {"id": ".id", "function.name": ".name", "function.arguments_json": ".input"}
+
+
+def _message_path(turn: _Turn, found: re.Match[str]) -> str:
+    if found["list"] == "content":
+        return turn.parts[int(found["place"])]
+    if found["list"] == "tool_calls":
+        return turn.calls[int(found["place"])] + _CALL_FIELDS.get(found["rest"], "")
+    if found["rest"] == "tool_call_id":
+        return f"{turn.path}.tool_use_id"
+    return f"{turn.path}.{found['rest']}" if found["rest"] in ("role", "content") else turn.path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from aiohttp import web
 
@@ -12,7 +13,8 @@ from rest_shim.anthropic.stream import PING, MessageEncoder
 from rest_shim.backend import Backend
 from rest_shim.bodies import read_body
 from rest_shim.callers import caller_of, request_id_of
-from rest_shim.errors import CoreError, refusal_from_core
+from rest_shim.errors import CoreError, Refusal, refusal_from_core
+from rest_shim.remote_images import RemoteImages
 from rest_shim.routing import Dialect, Route, is_anthropic
 from rest_shim.settings import Settings
 from rest_shim.wire import SSE_HEADERS, HttpStream, json_response, relay
@@ -24,6 +26,7 @@ class AnthropicRoutes:
     def __init__(self, backend: Backend, settings: Settings) -> None:
         self._backend = backend
         self._settings = settings
+        self._images = RemoteImages(settings)
 
     def routes(self) -> Sequence[Route]:
         """What there is; the paths of models are OpenAI's too."""
@@ -38,13 +41,14 @@ class AnthropicRoutes:
     async def messages(self, request: web.Request) -> web.StreamResponse:
         """POST /messages."""
         body = await read_body(request, schema.MessagesBody, self._settings.request_timeout_seconds)
+        body = await self._images.inlined(body)
         chat = convert.chat_request(body)
         try:
             if body.stream:
                 return await self._stream(request, body, chat)
             response = await self._backend.chat(chat, caller_of(request))
         except CoreError as error:
-            raise refusal_from_core(error, convert.json_path) from error
+            raise _refusal(error, body) from error
         message = answer.message_json(
             response,
             shows_thinking=convert.shows_thinking(body),
@@ -68,16 +72,17 @@ class AnthropicRoutes:
             keep_alive_frame=PING,
         )
         events = self._backend.chat_stream(chat_pb2.ChatStreamRequest(chat=chat), caller_of(request))
-        return await relay(stream, events, encoder, convert.json_path)
+        return await relay(stream, events, encoder, partial(convert.json_path, body))
 
     async def count_tokens(self, request: web.Request) -> web.StreamResponse:
         """POST /messages/count_tokens."""
         body = await read_body(request, schema.CountBody, self._settings.request_timeout_seconds)
+        body = await self._images.inlined(body)
         question = inference_service_pb2.CountTokensRequest(chat=convert.prompt_request(body))
         try:
             counted = await self._backend.count_tokens(question, caller_of(request))
         except CoreError as error:
-            raise refusal_from_core(error, convert.json_path) from error
+            raise _refusal(error, body) from error
         return json_response({"input_tokens": counted.token_count})
 
     async def list_models(self, request: web.Request) -> web.StreamResponse:
@@ -89,6 +94,15 @@ class AnthropicRoutes:
         """GET /models/{id}."""
         name = request.match_info["id"].rstrip("/")
         return json_response(listing.model_json(await self._backend.get_model(name, caller_of(request))))
+
+
+def _refusal(error: CoreError, body: schema.CountBody) -> Refusal:
+    refusal = refusal_from_core(error, partial(convert.json_path, body))
+    if error.reason == "CONTEXT_LENGTH_EXCEEDED":
+        # Coding agents look for these words of Anthropic's, and make their conversation shorter then.
+        tokens, limit = (error.metadata.get(key, "?") for key in ("prompt_tokens", "limit"))
+        refusal.message, refusal.param = f"prompt is too long: {tokens} tokens > {limit} maximum", None
+    return refusal
 
 
 async def _claims(request: web.Request) -> bool:

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag
 
-from rest_shim.bodies import TAG_PREFIX, Body, Integer, verbatim
+from rest_shim.bodies import TAG_PREFIX, UNKNOWN_VARIANT, Body, Integer, verbatim
+from rest_shim.remote_images import ImageReference
 
 MAX_INT32 = 2**31 - 1
 MAX_MESSAGES = 16_384
@@ -34,12 +35,27 @@ class TextBlock(Body):
     text: str
 
 
-class ImageSource(Body):
-    """Where an image is; only its bytes in base64 are taken."""
+class ImageSource(ImageReference):
+    """Where an image is: in base64, or where that is allowed, at a URL."""
 
     type: str
     media_type: str = ""
     data: str = ""
+    url: str = ""
+
+    @property
+    def remote_url(self) -> str:
+        """As ImageReference says."""
+        return self.url if self.type == "url" else ""
+
+    @property
+    def url_path(self) -> str:
+        """As ImageReference says."""
+        return ".url"
+
+    def holding(self, kind: str, encoded: str) -> ImageSource:
+        """As ImageReference says."""
+        return ImageSource(type="base64", media_type=kind, data=encoded)
 
 
 class ImageBlock(Body):
@@ -122,7 +138,7 @@ ResultBlock = Annotated[
     | Annotated[SearchResultBlock, Tag("~search_result")],
     Discriminator(
         lambda value: _tag_of(_RESULT_KINDS, value),
-        custom_error_type="block",
+        custom_error_type=UNKNOWN_VARIANT,
         custom_error_message="a tool result's block must be an object of the type 'text', 'image', "
         "'document' or 'search_result'",
     ),
@@ -165,7 +181,7 @@ _TaggedBlock = Annotated[
     | Annotated[RedactedThinkingBlock, Tag("~redacted_thinking")],
     Discriminator(
         lambda value: _tag_of(_MESSAGE_KINDS, value),
-        custom_error_type="block",
+        custom_error_type=UNKNOWN_VARIANT,
         custom_error_message="a content block must be an object of the type 'text', 'image', 'document', "
         "'search_result', 'tool_use', 'tool_result', 'thinking' or 'redacted_thinking'; blocks of "
         "Anthropic's server tools are not supported by this server",

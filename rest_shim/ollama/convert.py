@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 import time
 from collections.abc import Iterable, Sequence
 
@@ -15,6 +16,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from osaurus_grpc.v1 import chat_pb2, sampling_pb2, usage_pb2
 from rest_shim.errors import Refusal
+from rest_shim.image_files import media_type
 from rest_shim.ollama import schema
 from rest_shim.ollama.duration import to_proto
 from rest_shim.wire import dump
@@ -29,13 +31,6 @@ ROLES = {
 
 # Keeps the most probable token only, which is what top_p 0 means; the core takes values above 0.
 SMALLEST_TOP_P = 1e-6
-
-_IMAGE_TYPES = (
-    (b"\x89PNG\r\n\x1a\n", "image/png"),
-    (b"\xff\xd8\xff", "image/jpeg"),
-    (b"GIF8", "image/gif"),
-    (b"RIFF", "image/webp"),
-)
 
 
 def chat_request(body: schema.ChatBody) -> chat_pb2.ChatRequest:
@@ -149,13 +144,51 @@ def message_proto(message: schema.Message, path: str, *, images: Sequence[str]) 
     )
 
 
+_RENAMED = {
+    "context_token_ids": "context",
+    "max_context_tokens": "options.num_ctx",
+    "response_format.json_schema.schema_json": "format",
+    "reasoning_effort": "think",
+    "reasoning_enabled": "think",
+    "text": "prompt",
+    "sampling.max_tokens": "options.num_predict",
+    "sampling.repetition_penalty": "options.repeat_penalty",
+    "sampling.repetition_context": "options.repeat_last_n",
+    "sampling.top_logprobs": "top_logprobs",
+    "inputs": "input",
+}
+_PARAMETERS = re.compile(r"(tools\[\d+\]\.function)\.parameters_json")
+_ARGUMENTS = re.compile(r"(messages\[\d+\]\.tool_calls\[\d+\]\.function\.arguments)_json")
+_PART = re.compile(r"(messages\[\d+\])\.content\[\d+\]\.(text|image)\b.*")
+
+
+def json_path(field: str) -> str:
+    """A field of the protobuf request as the path in Ollama's JSON."""
+    path = field.removeprefix("chat.").removeprefix("completion.")
+    for ours, theirs in _RENAMED.items():
+        if path == ours or path.startswith(f"{ours}["):
+            return theirs + path.removeprefix(ours)
+    if path.startswith("sampling."):
+        return f"options.{path.removeprefix('sampling.')}"
+    if found := _PART.fullmatch(path):
+        return f"{found[1]}.{'images' if found[2] == 'image' else 'content'}"
+    return _ARGUMENTS.sub(r"\1", _PARAMETERS.sub(r"\1.parameters", path))
+
+
+def prompt_path(field: str) -> str:
+    """As json_path, for the one turn that /generate makes of its prompt."""
+    path = json_path(field)
+    if not path.startswith("messages"):
+        return path
+    return "images" if path.endswith(".images") else "prompt"
+
+
 def _image(encoded: str, path: str) -> chat_pb2.ImageContent:
     try:
         data = base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError):
         raise Refusal(400, f"{path}: illegal base64 data", param=path) from None
-    kind = next((kind for magic, kind in _IMAGE_TYPES if data.startswith(magic)), "application/octet-stream")
-    return chat_pb2.ImageContent(data=data, mime_type=kind)
+    return chat_pb2.ImageContent(data=data, mime_type=media_type(data))
 
 
 def _tool(tool: schema.Tool) -> chat_pb2.Tool:

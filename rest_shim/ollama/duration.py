@@ -24,12 +24,21 @@ _UNIT_SECONDS = {
 # Digits have one way to match only: with two, a long number without a unit takes quadratic time.
 _NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _TERM = re.compile(rf"({_NUMBER})(ns|us|\u00b5s|\u03bcs|ms|s|m|h)")
+# Not Go's; but what is a number in JSON is often text in a settings page, "-1" above all.
+_SECONDS = re.compile(rf"[+-]?{_NUMBER}")
 _TEXT = re.compile(rf"([+-]?)((?:{_NUMBER}(?:ns|us|\u00b5s|\u03bcs|ms|s|m|h))+|0)")
 
 
 def parse_seconds(text: str) -> float | None:
-    """Seconds of a Go duration such as "1h30m" or "-1s" (time.ParseDuration); None where it is none."""
-    match = _TEXT.fullmatch(text) if len(text) <= _MAX_CHARACTERS else None
+    """Seconds of a Go duration such as "1h30m" or "-1s" (time.ParseDuration), or of a number.
+
+    None where the text is neither.
+    """
+    if len(text) > _MAX_CHARACTERS:
+        return None
+    if _SECONDS.fullmatch(text):
+        return float(text)
+    match = _TEXT.fullmatch(text)
     if match is None:
         return None
     total = sum(float(number) * _UNIT_SECONDS[unit] for number, unit in _TERM.findall(match[2]))

@@ -72,8 +72,11 @@ def tag_json(model: model_pb2.Model) -> dict[str, object]:
 
 
 def running_json(models: Iterable[model_pb2.Model]) -> dict[str, object]:
-    """/ps: the models in memory, those that stay longest first."""
-    loaded = [model for model in models if model.state == model_pb2.MODEL_STATE_LOADED]
+    """/ps: the models in memory, those that stay longest first.
+
+    Each once, whatever second names it has: clients add up what they take.
+    """
+    loaded = [model for model in models if model.state == model_pb2.MODEL_STATE_LOADED and not model.alias_of]
     loaded.sort(key=lambda model: _expiry(model.expire_time), reverse=True)
     return {
         "models": [

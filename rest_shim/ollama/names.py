@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from rest_shim.errors import CoreError, Refusal
+from rest_shim.errors import CoreError, Refusal, refusal_from_core
 
 # Ollama's own form of a name, [host/][namespace/]model[:tag]. Names of other forms can be names here,
 # so a name is called invalid only where there is no such model.
@@ -38,11 +38,19 @@ def unknown(name: str, text: str = "model '{}' not found") -> Refusal:
 
 
 @asynccontextmanager
-async def model_errors(name: str, text: str = "model '{}' not found") -> AsyncIterator[None]:
-    """Says "not found" in Ollama's words, which clients look for."""
+async def model_errors(
+    name: str, text: str = "model '{}' not found", json_path: Callable[[str], str] = str
+) -> AsyncIterator[None]:
+    """Says the core's errors in Ollama's terms.
+
+    Args:
+        name: The model's.
+        text: What is said where there is no such model; clients look for the words.
+        json_path: The place in Ollama's JSON of a field of the protobuf request.
+    """
     try:
         yield
     except CoreError as error:
         if error.reason == "MODEL_NOT_FOUND":
             raise unknown(name, text) from error
-        raise
+        raise refusal_from_core(error, json_path) from error

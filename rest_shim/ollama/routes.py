@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 
 from osaurus_grpc.v1 import chat_pb2, completion_pb2, model_pb2
+from rest_shim.arrival import read_bytes
 from rest_shim.backend import Backend, Caller
-from rest_shim.bodies import parse_object, read_body, read_bytes
+from rest_shim.bodies import parse_object, read_body
 from rest_shim.callers import caller_of
 from rest_shim.errors import CoreError, Refusal
 from rest_shim.ollama import convert, embeddings, generate, names, schema
@@ -48,7 +49,7 @@ class OllamaRoutes:
         body = await read_body(request, schema.ChatBody, self._settings.request_timeout_seconds)
         name = names.required(body.model)
         caller = caller_of(request)
-        async with names.model_errors(name):
+        async with names.model_errors(name, json_path=convert.json_path):
             if not body.messages:
                 reason = await self._change_residence(request, body, caller)
                 answer = convert.residence_json(name, reason, time.time_ns())
@@ -57,7 +58,7 @@ class OllamaRoutes:
             await self._check_thinking(body, caller)
             if body.stream:
                 events = self._backend.chat_stream(chat_pb2.ChatStreamRequest(chat=chat), caller)
-                return await relay(self._lines(request), events, LineEncoder(name))
+                return await relay(self._lines(request), events, LineEncoder(name), convert.json_path)
             response = await self._backend.chat(chat, caller)
         return json_response(convert.chat_json(response, name, time.time_ns()), content_type=JSON_TYPE)
 
@@ -67,7 +68,7 @@ class OllamaRoutes:
         name, caller = body.model, caller_of(request)
         if not name:
             raise names.unknown(name)
-        async with names.model_errors(name):
+        async with names.model_errors(name, json_path=convert.prompt_path):
             if not body.prompt:
                 reason = await self._change_residence(request, body, caller)
                 answer = generate.residence_json(name, reason, time.time_ns())
@@ -80,7 +81,7 @@ class OllamaRoutes:
             if body.stream:
                 events = self._backend.chat_stream(chat_pb2.ChatStreamRequest(chat=chat), caller)
                 encoder = GenerateEncoder(name, is_raw=False)
-                return await relay(self._lines(request), events, encoder)
+                return await relay(self._lines(request), events, encoder, convert.prompt_path)
             response = await self._backend.chat(chat, caller)
         return json_response(generate.generate_json(response, body, time.time_ns()), content_type=JSON_TYPE)
 
@@ -91,7 +92,8 @@ class OllamaRoutes:
         if body.stream:
             question = completion_pb2.CompleteStreamRequest(completion=completion)
             events = self._backend.complete_stream(question, caller)
-            return await relay(self._lines(request), events, GenerateEncoder(body.model, is_raw=body.raw))
+            encoder = GenerateEncoder(body.model, is_raw=body.raw)
+            return await relay(self._lines(request), events, encoder, convert.prompt_path)
         response = await self._backend.complete(completion, caller)
         return json_response(generate.generate_json(response, body, time.time_ns()), content_type=JSON_TYPE)
 
@@ -101,7 +103,7 @@ class OllamaRoutes:
         caller = caller_of(request)
         if not body.model:
             raise names.unknown(body.model, _PULL_TEXT)
-        async with names.model_errors(body.model, _PULL_TEXT):
+        async with names.model_errors(body.model, _PULL_TEXT, convert.json_path):
             if not body.input:
                 await self._backend.get_model(body.model, caller)
                 return json_response(embeddings.nothing_json(body.model), content_type=JSON_TYPE)
@@ -112,7 +114,7 @@ class OllamaRoutes:
         """POST /embeddings, Ollama's older call."""
         body = await read_body(request, schema.EmbeddingsBody, self._settings.request_timeout_seconds)
         name, caller = names.required(body.model), caller_of(request)
-        async with names.model_errors(name, _PULL_TEXT):
+        async with names.model_errors(name, _PULL_TEXT, convert.prompt_path):
             if not body.prompt:
                 await self._backend.get_model(name, caller)
                 return json_response({"embedding": []}, content_type=JSON_TYPE)

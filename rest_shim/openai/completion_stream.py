@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from typing import assert_never
 
 from osaurus_grpc.v1 import chat_pb2, completion_pb2, sampling_pb2, usage_pb2
 from rest_shim.errors import CoreError, Refusal, openai_body
-from rest_shim.openai.completions import LegacyLogprobs, total_usage
+from rest_shim.openai.completions import placed, total_usage
 from rest_shim.openai.convert import finish_reason, usage_json
+from rest_shim.openai.legacy_logprobs import LegacyLogprobs
 from rest_shim.wire import SSE_DONE, dump, sse_frame
 
 Event = completion_pb2.CompleteStreamResponse
@@ -21,16 +23,33 @@ PARALLEL_PROMPTS = 4
 _QUEUED_EVENTS = 64
 
 
+@dataclass(frozen=True, slots=True)
+class PlacedEvent:
+    """An event of one prompt's stream.
+
+    Attributes:
+        place: Which of the request's prompts it is about, 0-based.
+        event: The event.
+    """
+
+    place: int
+    event: Event
+
+
 class CompletionEncoder:
     """One stream's state.
 
     Args:
+        choice_count: Choices of each prompt; they are numbered through.
         include_usage: Whether a chunk with the usage comes last.
         with_logprobs: Whether log-probabilities were asked for.
         created: Unix seconds, the same on every chunk.
     """
 
-    def __init__(self, *, include_usage: bool, with_logprobs: bool, created: int) -> None:
+    def __init__(
+        self, *, include_usage: bool, with_logprobs: bool, created: int, choice_count: int = 1
+    ) -> None:
+        self._choice_count = choice_count
         self._include_usage = include_usage
         self._with_logprobs = with_logprobs
         self._created = created
@@ -38,6 +57,8 @@ class CompletionEncoder:
         self._tail = ""
         self._closing = ""
         self._logprobs: dict[int, LegacyLogprobs] = {}
+        # The prompts' own, which come before each choice's text.
+        self._prompts: dict[int, list[sampling_pb2.PromptTokenLogprob]] = {}
         self._is_complete = False
 
     @property
@@ -45,18 +66,21 @@ class CompletionEncoder:
         """Whether the stream has ended as its grammar wants."""
         return self._is_complete
 
-    def encode(self, event: Event) -> bytes:
+    def encode(self, placed: PlacedEvent) -> bytes:
         """The frames of one event."""
+        event = placed.event
         kind = event.WhichOneof("event")
         match kind:
             case "content":
-                return self._content(event.content)
+                return self._content(placed.place, event.content)
+            case "prompt_logprobs":
+                self._prompts.setdefault(placed.place, []).extend(event.prompt_logprobs.tokens)
+                return b""
             case "started":
                 self._start(event.started)
                 return b""
             case "choice_finished":
-                finished = event.choice_finished
-                return self._chunk(finished.choice_index, "", f'"{finish_reason(finished.finish_reason)}"')
+                return self._finish(placed.place, event.choice_finished)
             case "completed":
                 return self._complete(event.completed.usage)
             case "prompt_progress" | None:
@@ -77,17 +101,32 @@ class CompletionEncoder:
         self._closing = f'],"system_fingerprint":{dump(started.system_fingerprint)}'
         self._tail = self._closing + (',"usage":null}\n\n' if self._include_usage else "}\n\n")
 
-    def _content(self, delta: chat_pb2.ContentDelta) -> bytes:
+    def _content(self, place: int, delta: chat_pb2.ContentDelta) -> bytes:
         if not delta.text and not delta.logprobs:
             return b""
-        return self._chunk(
-            delta.choice_index, delta.text, "null", self._logprobs_of(delta.choice_index, delta.logprobs)
-        )
+        index = place * self._choice_count + delta.choice_index
+        logprobs = self._logprobs_of(place, index, delta.text, delta.logprobs)
+        return self._chunk(index, delta.text, "null", logprobs)
 
-    def _logprobs_of(self, index: int, tokens: Sequence[sampling_pb2.ChosenTokenLogprob]) -> str:
+    def _finish(self, place: int, finished: chat_pb2.ChoiceFinished) -> bytes:
+        index = place * self._choice_count + finished.choice_index
+        reason = f'"{finish_reason(finished.finish_reason)}"'
+        ends = [finished.end_logprob] if finished.HasField("end_logprob") else []
+        if place in self._prompts and (ends or index not in self._logprobs):
+            # A prompt's log-probabilities are of no use without that of the token by which it ended.
+            return self._chunk(index, "", reason, self._logprobs_of(place, index, "", ends))
+        return self._chunk(index, "", reason)
+
+    def _logprobs_of(
+        self, place: int, index: int, text: str, tokens: Sequence[sampling_pb2.ChosenTokenLogprob]
+    ) -> str:
         if not self._with_logprobs:
             return "null"
-        return dump(self._logprobs.setdefault(index, LegacyLogprobs()).take(tokens))
+        if index not in self._logprobs:
+            self._logprobs[index] = LegacyLogprobs()
+            self._logprobs[index].take_prompt(self._prompts.get(place, ()), text)
+        self._logprobs[index].take(tokens)
+        return dump(self._logprobs[index].told())
 
     def _chunk(self, index: int, text: str, reason: str, logprobs: str = "null") -> bytes:
         choice = f'{{"text":{dump(text)},"index":{index},"logprobs":{logprobs},"finish_reason":{reason}}}'
@@ -102,14 +141,20 @@ class CompletionEncoder:
 
 
 @asynccontextmanager
+async def alone(stream: Events) -> AsyncIterator[AsyncIterable[PlacedEvent]]:
+    """The stream of a request with one prompt."""
+    async with stream as events:
+        yield (PlacedEvent(0, event) async for event in events)
+
+
+@asynccontextmanager
 async def side_by_side(
-    streams: Sequence[Callable[[], Events]], choice_count: int
-) -> AsyncIterator[AsyncIterable[Event]]:
+    streams: Sequence[Callable[[], Events]],
+) -> AsyncIterator[AsyncIterable[PlacedEvent]]:
     """Several prompts' streams as one stream of the same grammar.
 
     Args:
         streams: Opens each prompt's stream; at most PARALLEL_PROMPTS are open at a time.
-        choice_count: Choices of each; they are numbered through.
 
     Raises:
         CoreError: The first that any of them raises, inside the iteration; the others are ended.
@@ -127,12 +172,14 @@ async def side_by_side(
                         await queue.put((place, event))
                 if not is_whole:
                     raise CoreError("INTERNAL")
+            except CoreError as error:
+                await queue.put((place, placed(error, place)))
             except Exception as error:  # noqa: BLE001 - the reader raises it
                 await queue.put((place, error))
 
     workers = [asyncio.create_task(work()) for _ in range(min(PARALLEL_PROMPTS, len(streams)))]
     try:
-        yield _merge(queue, len(streams), choice_count)
+        yield _merge(queue, len(streams))
     finally:
         for worker in workers:
             worker.cancel()
@@ -140,8 +187,8 @@ async def side_by_side(
 
 
 async def _merge(
-    queue: asyncio.Queue[tuple[int, Event | Exception]], stream_count: int, choice_count: int
-) -> AsyncIterator[Event]:
+    queue: asyncio.Queue[tuple[int, Event | Exception]], stream_count: int
+) -> AsyncIterator[PlacedEvent]:
     is_started = False
     costs: list[usage_pb2.Usage] = []
     while len(costs) < stream_count:
@@ -152,15 +199,11 @@ async def _merge(
             case "started":
                 if not is_started:
                     is_started = True
-                    yield event
-            case "content":
-                event.content.choice_index += place * choice_count
-                yield event
-            case "choice_finished":
-                event.choice_finished.choice_index += place * choice_count
-                yield event
+                    yield PlacedEvent(place, event)
+            case "content" | "choice_finished" | "prompt_logprobs":
+                yield PlacedEvent(place, event)
             case "completed":
                 costs.append(event.completed.usage)
             case _:
                 pass
-    yield Event(completed=chat_pb2.ChatCompleted(usage=total_usage(costs)))
+    yield PlacedEvent(0, Event(completed=chat_pb2.ChatCompleted(usage=total_usage(costs))))

@@ -6,7 +6,6 @@ through: choice j of prompt i has index i * n + j.
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterable, Sequence
 from typing import Annotated
 
@@ -14,15 +13,19 @@ from pydantic import Field
 
 from osaurus_grpc.v1 import completion_pb2, sampling_pb2, usage_pb2
 from rest_shim.bodies import Integer
-from rest_shim.errors import Refusal
+from rest_shim.errors import CoreError, Refusal
 from rest_shim.openai import convert, schema
+from rest_shim.openai.legacy_logprobs import LegacyLogprobs
 from rest_shim.openai.prompts import Prompt, Prompts
-from rest_shim.openai.sampling import SamplingFields, TokenCount, sampling_params
+from rest_shim.openai.sampling import MAX_INT32, SamplingFields, sampling_params
 
 DEFAULT_MAX_TOKENS = 16
 MAX_LOGPROBS = 5
 MAX_BEST_OF = 20
 MAX_PROMPTS = 256
+
+# How the core names what is continued; where the context is too small, it may name nothing.
+_PROMPT_FIELDS = frozenset({"prompt", "text", "tokens", "tokens.token_ids", "messages"})
 
 
 class CompletionBody(SamplingFields):
@@ -31,7 +34,8 @@ class CompletionBody(SamplingFields):
     model: schema.ModelName
     prompt: Prompts
     suffix: str = ""
-    max_tokens: TokenCount = DEFAULT_MAX_TOKENS
+    # 0 is for the log-probabilities of a prompt that is echoed.
+    max_tokens: Annotated[Integer, Field(ge=0, le=MAX_INT32)] = DEFAULT_MAX_TOKENS
     n: Annotated[Integer, Field(ge=1, le=schema.MAX_CHOICES)] = 1
     best_of: Annotated[Integer, Field(ge=0, le=MAX_BEST_OF)] | None = None
     echo: bool = False
@@ -59,9 +63,9 @@ def _check(body: CompletionBody) -> None:
     if body.best_of and body.best_of > body.n:
         text = "Choosing the best of more answers than 'n' is not supported; leave 'best_of' out."
         raise Refusal(400, text, param="best_of")
-    if body.echo and body.logprobs is not None:
-        text = "'logprobs' with 'echo' is not supported: the prompt's own log-probabilities are not kept."
-        raise Refusal(400, text, param="logprobs")
+    if body.max_tokens == 0 and not body.echo:
+        text = "Invalid 'max_tokens': may be 0 only where 'echo' is true; there would be no answer."
+        raise Refusal(400, text, param="max_tokens")
     if len(body.prompt) > MAX_PROMPTS:
         raise Refusal(400, f"Invalid 'prompt': at most {MAX_PROMPTS} prompts a request.", param="prompt")
 
@@ -73,6 +77,7 @@ def _request(body: CompletionBody, prompt: Prompt) -> completion_pb2.CompleteReq
         suffix=body.suffix or None,
         echo=body.echo or None,
         choice_count=None if body.n == 1 else body.n,
+        prompt_logprobs=body.logprobs if body.echo else None,
     )
     if isinstance(prompt, str):
         request.text = prompt
@@ -86,7 +91,7 @@ def _request(body: CompletionBody, prompt: Prompt) -> completion_pb2.CompleteReq
 def json_path(field: str) -> str:
     """A field of the protobuf request as the path in OpenAI's JSON, for an error's `param`."""
     path = field.removeprefix("completion.")
-    if path == "sampling.top_logprobs":
+    if path in {"sampling.top_logprobs", "prompt_logprobs"}:
         return "logprobs"
     if path == "messages" or path.partition(".")[0] in {"text", "tokens"}:
         # "messages" is what an error's general meaning names: the prompt is too long.
@@ -94,42 +99,33 @@ def json_path(field: str) -> str:
     return convert.json_path(path)
 
 
-class LegacyLogprobs:
-    r"""The log-probabilities of one choice in the legacy shape, piece by piece.
-
-    Offsets count characters of the answer from its beginning, through all pieces. A token that is
-    no whole characters is shown as "bytes:\xNN...", as OpenAI's server shows it.
-    """
-
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._offset = 0
-
-    def take(self, tokens: Iterable[sampling_pb2.ChosenTokenLogprob]) -> dict[str, object]:
-        """The next tokens of the choice."""
-        names: list[str] = []
-        logprobs: list[float] = []
-        tops: list[dict[str, float]] = []
-        offsets: list[int] = []
-        for token in tokens:
-            offsets.append(self._offset)
-            self._offset += len(self._decoder.decode(token.chosen.token))
-            names.append(_token_text(token.chosen.token))
-            logprobs.append(token.chosen.logprob)
-            # The chosen token is there even where it is not among the most probable ones.
-            tops.append({_token_text(entry.token): entry.logprob for entry in (*token.top, token.chosen)})
-        return {"tokens": names, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+def placed(error: CoreError, place: int) -> CoreError:
+    """An error about one of several prompts, with that prompt's place in the field's path."""
+    head, bracket, rest = error.field.partition("[")
+    if error.field and head not in _PROMPT_FIELDS:
+        return error
+    if not error.field and error.reason != "CONTEXT_LENGTH_EXCEEDED":
+        return error
+    field = f"prompt[{place}]{bracket}{rest}"
+    message = error.message
+    if error.field and message.startswith(error.field):
+        message = field + message.removeprefix(error.field)
+    return CoreError(
+        error.code, error.reason, message, field=field, retry_after_seconds=error.retry_after_seconds
+    )
 
 
-def _token_text(token: bytes) -> str:
-    try:
-        return token.decode("utf-8")
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
-
-
-def _choice_json(choice: completion_pb2.CompletionChoice, index: int) -> dict[str, object]:
-    logprobs = LegacyLogprobs().take(choice.logprobs.tokens) if choice.HasField("logprobs") else None
+def _choice_json(
+    choice: completion_pb2.CompletionChoice, index: int, prompt: Sequence[sampling_pb2.PromptTokenLogprob]
+) -> dict[str, object]:
+    logprobs = None
+    if choice.HasField("logprobs"):
+        legacy = LegacyLogprobs()
+        legacy.take_prompt(prompt, choice.text)
+        legacy.take(choice.logprobs.tokens)
+        if prompt and choice.HasField("end_logprob"):
+            legacy.take([choice.end_logprob])
+        logprobs = legacy.told()
     return {
         "text": choice.text,
         "index": index,
@@ -160,7 +156,7 @@ def completion_json(
         "created": created,
         "model": first.model,
         "choices": [
-            _choice_json(choice, place * choice_count + choice.index)
+            _choice_json(choice, place * choice_count + choice.index, response.prompt_logprobs)
             for place, response in enumerate(responses)
             for choice in sorted(response.choices, key=lambda choice: choice.index)
         ],

@@ -11,8 +11,9 @@ from typing import Annotated, Literal, assert_never
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from osaurus_grpc.v1 import chat_pb2
-from rest_shim.bodies import TAG_PREFIX, Body
+from rest_shim.bodies import TAG_PREFIX, UNKNOWN_VARIANT, Body
 from rest_shim.errors import Refusal
+from rest_shim.remote_images import ImageReference, is_remote
 
 MAX_PARTS = 4_096
 MAX_CALLS = 1_024
@@ -44,10 +45,24 @@ class RefusalPart(Body):
     refusal: str
 
 
-class ImageUrl(Body):
-    """Where an image is; only data: URLs are taken."""
+class ImageUrl(ImageReference):
+    """Where an image is: a data: URL, or where that is allowed, a remote one."""
 
     url: str
+
+    @property
+    def remote_url(self) -> str:
+        """As ImageReference says."""
+        return self.url if is_remote(self.url) else ""
+
+    @property
+    def url_path(self) -> str:
+        """As ImageReference says."""
+        return ".url"
+
+    def holding(self, kind: str, encoded: str) -> ImageUrl:
+        """As ImageReference says."""
+        return ImageUrl(url=f"data:{kind};base64,{encoded}")
 
 
 class ImagePart(Body):
@@ -71,7 +86,7 @@ Part = Annotated[
     | Annotated[ImagePart, Tag("~image_url")],
     Discriminator(
         _part_tag,
-        custom_error_type="part",
+        custom_error_type=UNKNOWN_VARIANT,
         custom_error_message="A content part must be an object with the type 'text' or 'image_url'",
     ),
 ]
@@ -197,7 +212,10 @@ def image_from_url(url: str, path: str) -> chat_pb2.ImageContent:
     """
     head = _DATA_URL.match(url)
     if head is None:
-        text = "Remote images are not fetched; send the image as a 'data:IMAGE_TYPE;base64,...' URL."
+        text = (
+            "Remote images are not fetched, unless the server was started with --allow-image-urls; send the "
+            "image as a 'data:IMAGE_TYPE;base64,...' URL."
+        )
         raise Refusal(400, text, param=path)
     try:
         data = base64.b64decode(url[head.end() :], validate=True)

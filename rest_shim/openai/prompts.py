@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import Field, PlainValidator, StringConstraints
+from pydantic import Field, PlainValidator, StringConstraints, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from rest_shim.openai.sampling import MAX_INT32, TokenId
 
@@ -13,8 +14,15 @@ MAX_TEXTS = 2_048
 
 Prompt = str | Sequence[int]
 
-_TOKENS_TEXT = "token ids must be whole numbers from 0 to 2147483647"
+_ID_TEXT = "must be a token id: a whole number from 0 to 2147483647"
 _FORM_TEXT = "must be a string, a list of strings, a list of token ids or a list of such lists, none empty"
+
+
+def _wrong(value: object, text: str, *place: int) -> ValidationError:
+    """An error that names the item which is wrong, whose place is below the field's."""
+    said = PydanticCustomError("text", "{text}", {"text": text})
+    details = InitErrorDetails(type=said, loc=place, input=value)
+    return ValidationError.from_exception_data("texts", [details])
 
 
 def _token(value: object) -> int | None:
@@ -24,33 +32,44 @@ def _token(value: object) -> int | None:
     return int(value) if 0 <= value <= MAX_INT32 else None
 
 
-def _tokens(value: Sequence[object]) -> Sequence[int]:
-    tokens = [token for token in map(_token, value) if token is not None]
-    if len(tokens) != len(value):
-        raise ValueError(_TOKENS_TEXT)
+def _tokens(value: Sequence[object], *place: int) -> Sequence[int]:
+    tokens: list[int] = []
+    for index, item in enumerate(value):
+        token = _token(item)
+        if token is None:
+            raise _wrong(item, _ID_TEXT, *place, index)
+        tokens.append(token)
     return tokens
 
 
-def _prompt(value: object) -> Prompt:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value:
-        return _tokens(value)
-    raise ValueError(_FORM_TEXT)
+def _text(value: object, index: int, may_be_empty: bool) -> str:
+    if not isinstance(value, str):
+        raise _wrong(value, "must be a string like the others", index)
+    if not (value or may_be_empty):
+        raise _wrong(value, "must not be empty", index)
+    return value
 
 
-def _prompts(value: object) -> Sequence[Prompt]:
-    if isinstance(value, str):
+def _token_list(value: object, index: int) -> Sequence[int]:
+    if not isinstance(value, list) or not value:
+        raise _wrong(value, "must be a list of token ids like the others, and not empty", index)
+    return _tokens(value, index)
+
+
+def _prompts(value: object, *, may_be_empty: bool = True) -> Sequence[Prompt]:
+    if isinstance(value, str) and (value or may_be_empty):
         return [value]
     if not isinstance(value, list) or not value:
-        raise ValueError(_FORM_TEXT)
+        raise ValueError(_FORM_TEXT if may_be_empty or value != "" else "must not be empty")
     if isinstance(value[0], int | float) and not isinstance(value[0], bool):
         return [_tokens(value)]
     if len(value) > MAX_TEXTS:
         raise ValueError(f"must hold at most {MAX_TEXTS} items")
-    if len({isinstance(item, str) for item in value}) > 1:
-        raise ValueError("must not mix strings and lists of token ids")
-    return [_prompt(item) for item in value]
+    if isinstance(value[0], str):
+        return [_text(item, index, may_be_empty) for index, item in enumerate(value)]
+    if isinstance(value[0], list):
+        return [_token_list(item, index) for index, item in enumerate(value)]
+    raise _wrong(value[0], "must be a string, a token id or a list of token ids", 0)
 
 
 _Tokens = Annotated[list[TokenId], Field(min_length=1)]
@@ -66,10 +85,7 @@ Prompts = Annotated[
 
 
 def _filled(value: object) -> Sequence[Prompt]:
-    prompts = _prompts(value)
-    if "" in prompts:
-        raise ValueError("must not hold an empty string")
-    return prompts
+    return _prompts(value, may_be_empty=False)
 
 
 Inputs = Annotated[

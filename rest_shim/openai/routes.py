@@ -15,10 +15,11 @@ from rest_shim.bodies import read_body
 from rest_shim.callers import caller_of
 from rest_shim.errors import CoreError, refusal_from_core
 from rest_shim.openai import completions, convert, embeddings, schema
-from rest_shim.openai.completion_stream import PARALLEL_PROMPTS, CompletionEncoder, side_by_side
+from rest_shim.openai.completion_stream import PARALLEL_PROMPTS, CompletionEncoder, alone, side_by_side
 from rest_shim.openai.completions import CompletionBody
 from rest_shim.openai.embeddings import EmbeddingsBody
 from rest_shim.openai.stream import ChunkEncoder
+from rest_shim.remote_images import RemoteImages
 from rest_shim.routing import Dialect, Route
 from rest_shim.settings import Settings
 from rest_shim.wire import event_stream, json_response, relay
@@ -30,6 +31,7 @@ class OpenAIRoutes:
     def __init__(self, backend: Backend, settings: Settings) -> None:
         self._backend = backend
         self._settings = settings
+        self._images = RemoteImages(settings)
 
     def routes(self) -> Sequence[Route]:
         """What there is and what is to come."""
@@ -55,6 +57,7 @@ class OpenAIRoutes:
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         """POST /chat/completions."""
         body = await read_body(request, schema.ChatBody, self._settings.request_timeout_seconds)
+        body = await self._images.inlined(body)
         chat = convert.chat_request(body)
         try:
             if body.stream:
@@ -92,11 +95,16 @@ class OpenAIRoutes:
     ) -> Sequence[completion_pb2.CompleteResponse]:
         places = asyncio.Semaphore(PARALLEL_PROMPTS)
 
-        async def one(request: completion_pb2.CompleteRequest) -> completion_pb2.CompleteResponse:
+        async def one(place: int, request: completion_pb2.CompleteRequest) -> completion_pb2.CompleteResponse:
             async with places:
-                return await self._backend.complete(request, caller)
+                try:
+                    return await self._backend.complete(request, caller)
+                except CoreError as error:
+                    if len(asked) == 1:
+                        raise
+                    raise completions.placed(error, place) from error
 
-        tasks = [asyncio.create_task(one(request)) for request in asked]
+        tasks = [asyncio.create_task(one(place, request)) for place, request in enumerate(asked)]
         try:
             return await asyncio.gather(*tasks)
         finally:
@@ -111,6 +119,7 @@ class OpenAIRoutes:
             include_usage=_wants_usage(body.stream_options),
             with_logprobs=body.logprobs is not None,
             created=int(time.time()),
+            choice_count=body.n,
         )
         caller = caller_of(request)
         streams = [
@@ -119,7 +128,7 @@ class OpenAIRoutes:
             )
             for one in asked
         ]
-        events = streams[0]() if len(streams) == 1 else side_by_side(streams, body.n)
+        events = alone(streams[0]()) if len(streams) == 1 else side_by_side(streams)
         return await relay(event_stream(request, self._settings), events, encoder, completions.json_path)
 
     async def embeddings(self, request: web.Request) -> web.StreamResponse:

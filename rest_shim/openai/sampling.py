@@ -24,6 +24,9 @@ _TOKEN_ID = re.compile(r"[0-9]{1,10}", re.ASCII)
 
 def _stops(value: object) -> object:
     if isinstance(value, str):
+        if not 1 <= len(value) <= MAX_STOP_CHARACTERS:
+            # Said here, since the list's item would be named otherwise.
+            raise ValueError(f"must have 1 to {MAX_STOP_CHARACTERS} characters")
         return [value]
     if not isinstance(value, list):
         raise ValueError("must be a string or a list of strings")

@@ -79,7 +79,7 @@ class ChunkEncoder:
             f'{self._head}{{"index":{index},"delta":{{"content":' for index in range(self._choice_count)
         ]
         self._content_tail = f'}},"finish_reason":null,"logprobs":null}}{self._tail}'
-        first = '{"role":"assistant","content":""}'
+        first = '{"role":"assistant","content":"","refusal":null}'
         return b"".join(self._chunk(index, first) for index in range(self._choice_count))
 
     def _content(self, delta: chat_pb2.ContentDelta) -> bytes:

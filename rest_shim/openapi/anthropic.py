@@ -14,6 +14,7 @@ from rest_shim.openapi.operation import (
     EVENTS,
     JSON,
     MODEL_ERRORS,
+    Link,
     Operation,
     Shape,
     path_parameter,
@@ -139,6 +140,7 @@ OPERATIONS = (
     Operation(
         "POST", "/v1/messages", "createMessage", "Answer a conversation",
         {JSON: MessageAnswer, EVENTS: None}, AnthropicError, _ASKED, MessagesBody,
+        links={"count": Link("countTokens", body={"messages": "$request.body#/messages"})},
     ),
     Operation(
         "POST", "/v1/messages/count_tokens", "countTokens", "Count a prompt's tokens",
@@ -149,6 +151,10 @@ OPERATIONS = (
         "GET", "/v1/models", "listModels", "List the installed models",
         {JSON: openai.ModelList | AnthropicModelList}, openai.ErrorAnswer | AnthropicError,
         (*COMMON_ERRORS, 400), parameters=(_VERSION, *_PAGE),
+        links={
+            "describe": Link("getModel", {"id": "$response.body#/data/0/id"}),
+            "use": Link("createChatCompletion", body={"model": "$response.body#/data/0/id"}),
+        },
     ),
     Operation(
         "GET", "/v1/models/{id}", "getModel", "Describe a model",

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from rest_shim.openapi import anthropic, ollama, openai, responses
-from rest_shim.openapi.operation import JSON, Operation
+from rest_shim.openapi.operation import JSON, Link, Operation
 
 OPENAPI_VERSION = "3.1.0"
 _REF = "#/components/schemas/{model}"
@@ -35,12 +35,17 @@ _STATUS_TEXTS = {
     408: "The body did not arrive in time",
     409: "The model is in use, or there is one of that name",
     413: "The body is too large",
+    415: "The body is compressed in a way that is not known here",
     429: "Too many requests",
     500: "The server failed",
     501: "The core cannot do this yet",
-    503: "The core is away or busy",
+    503: "The core is away or busy, or too many large requests are being answered",
     504: "The answer took too long",
 }
+
+
+# Statuses that may tell when to ask again.
+_RETRIED = (429, 503)
 
 
 @cache
@@ -143,15 +148,48 @@ def _operation(operation: Operation, schemas: _Schemas) -> Mapping[str, object]:
     if operation.body is not None:
         content = {JSON: {"schema": schemas.reference(operation.body)}}
         made["requestBody"] = {"required": True, "content": content}
-    answers: dict[str, object] = {"200": _answer("The answer", operation.answers, schemas)}
+    answer = _answer(200, "The answer", operation.answers, schemas)
+    if operation.links:
+        answer["links"] = {name: _link(link) for name, link in operation.links.items()}
+    answers: dict[str, object] = {"200": answer}
     for status in sorted(operation.statuses):
-        answers[str(status)] = _answer(_STATUS_TEXTS[status], {JSON: operation.error}, schemas)
+        answers[str(status)] = _answer(status, _STATUS_TEXTS[status], {JSON: operation.error}, schemas)
     made["responses"] = answers
     return made
 
 
-def _answer(text: str, shapes: Mapping[str, object | None], schemas: _Schemas) -> Mapping[str, object]:
-    content = {
-        kind: {} if shape is None else {"schema": schemas.reference(shape)} for kind, shape in shapes.items()
+def _answer(
+    status: int, text: str, shapes: Mapping[str, object | None], schemas: _Schemas
+) -> dict[str, object]:
+    made: dict[str, object] = {"description": text, "headers": _headers(status)}
+    if shapes:
+        made["content"] = {
+            kind: {} if shape is None else {"schema": schemas.reference(shape)}
+            for kind, shape in shapes.items()
+        }
+    return made
+
+
+def _headers(status: int) -> Mapping[str, object]:
+    said: dict[str, object] = {
+        "x-request-id": {
+            "description": "Names the request in the server's log; a client may choose it.",
+            "required": True,
+            "schema": {"type": "string", "minLength": 1},
+        }
     }
-    return {"description": text, "content": content} if content else {"description": text}
+    if status in _RETRIED:
+        said["Retry-After"] = {
+            "description": "Seconds after which to ask again; left out where that is no use.",
+            "schema": {"type": "integer", "minimum": 1},
+        }
+    return said
+
+
+def _link(link: Link) -> Mapping[str, object]:
+    made: dict[str, object] = {"operationId": link.operation}
+    if link.parameters:
+        made["parameters"] = dict(link.parameters)
+    if link.body:
+        made["requestBody"] = dict(link.body)
+    return made

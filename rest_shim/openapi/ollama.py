@@ -15,6 +15,7 @@ from rest_shim.openapi.operation import (
     JSON,
     LINES,
     MODEL_ERRORS,
+    Link,
     Operation,
     Shape,
 )
@@ -187,7 +188,8 @@ OPERATIONS = (
         schema.EmbeddingsBody | EmbeddingsBody,
     ),
     Operation(
-        "GET", "/api/tags", "ollamaTags", "List the installed models", {JSON: OllamaModelList}, OllamaError
+        "GET", "/api/tags", "ollamaTags", "List the installed models", {JSON: OllamaModelList}, OllamaError,
+        links={"describe": Link("ollamaShow", body={"model": "$response.body#/models/0/model"})},
     ),
     Operation(
         "GET", "/api/ps", "ollamaPs", "List the models in memory", {JSON: RunningModelList}, OllamaError
@@ -200,6 +202,11 @@ OPERATIONS = (
     Operation(
         "POST", "/api/copy", "ollamaCopy", "Give a model a second name",
         {}, OllamaError, (*_ASKED, 409), schema.CopyBody,
+        links={
+            "describe": Link("ollamaShow", body={"model": "$request.body#/destination"}),
+            "use": Link("ollamaChat", body={"model": "$request.body#/destination"}),
+            "delete": Link("ollamaDelete", body={"model": "$request.body#/destination"}),
+        },
     ),
     Operation(
         "DELETE", "/api/delete", "ollamaDelete", "Delete a model's second name",

@@ -17,6 +17,7 @@ from rest_shim.openapi.operation import (
     MODEL_ERRORS,
     TEXT,
     TEXT_SCHEMA,
+    Link,
     Operation,
     Shape,
 )
@@ -152,8 +153,8 @@ class LegacyLogprobs(Shape):
     """Log-probabilities of a text completion."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -238,6 +239,7 @@ OPERATIONS = (
     Operation(
         "POST", "/v1/chat/completions", "createChatCompletion", "Answer a chat",
         {JSON: ChatCompletion, EVENTS: None}, ErrorAnswer, _ASKED, ChatBody,
+        links={"continue": Link("createChatCompletion", body={"session_id": "$request.body#/session_id"})},
     ),
     Operation(
         "POST", "/v1/completions", "createCompletion", "Continue texts",

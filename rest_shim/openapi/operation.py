@@ -18,7 +18,7 @@ TEXT_SCHEMA: Mapping[str, object] = {"type": "string"}
 # What any request may meet: a foreign Host, no key, a core that fails or is away.
 COMMON_ERRORS = (401, 403, 500, 501, 503, 504)
 # What a request with a body may meet besides.
-BODY_ERRORS = (400, 408, 413, 429)
+BODY_ERRORS = (400, 408, 413, 415, 429)
 MODEL_ERRORS = (404,)
 
 
@@ -26,6 +26,21 @@ class Shape(BaseModel):
     """Base of the shapes of answers. No field is in an answer that its shape does not name."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What a client may do next with what one operation gave.
+
+    Attributes:
+        operation: The next operation's id.
+        parameters: Its parameters, as runtime expressions of OpenAPI.
+        body: Fields of its body, as runtime expressions.
+    """
+
+    operation: str
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    body: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +58,7 @@ class Operation:
         statuses: Statuses of errors.
         body: Schema of the request's body, or several.
         parameters: Parameters of path, query and headers, as OpenAPI writes them.
+        links: Operations that use what a 200 answer gave, by name.
     """
 
     method: str
@@ -54,6 +70,7 @@ class Operation:
     statuses: Sequence[int] = COMMON_ERRORS
     body: object | None = None
     parameters: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    links: Mapping[str, Link] = field(default_factory=dict)
 
 
 def path_parameter(name: str, example: str) -> Mapping[str, Any]:

@@ -13,12 +13,13 @@ from rest_shim.openapi.operation import (
     EVENTS,
     JSON,
     MODEL_ERRORS,
+    Link,
     Operation,
     Shape,
     path_parameter,
     query_parameter,
 )
-from rest_shim.responses.schema import ResponseBody
+from rest_shim.responses.schema import PromptBody, ResponseBody
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
@@ -150,6 +151,13 @@ class Response(Shape):
     prompt_cache_key: str | None = Field()
 
 
+class InputTokenCount(Shape):
+    """How many tokens a prompt has."""
+
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
 class DeletedResponse(Shape):
     """A response that is gone."""
 
@@ -178,13 +186,25 @@ class ItemList(Shape):
 
 
 _STORED = (*COMMON_ERRORS, 400, *MODEL_ERRORS)
+_ASKED = (*COMMON_ERRORS, *BODY_ERRORS, *MODEL_ERRORS)
 _ID = path_parameter("id", "resp_0123456789abcdef")
+_THIS = {"id": "$response.body#/id"}
 
 OPERATIONS = (
     Operation(
         "POST", "/v1/responses", "createResponse", "Answer a conversation of items",
-        {JSON: Response, EVENTS: None}, ErrorAnswer,
-        (*COMMON_ERRORS, *BODY_ERRORS, *MODEL_ERRORS), ResponseBody,
+        {JSON: Response, EVENTS: None}, ErrorAnswer, _ASKED, ResponseBody,
+        links={
+            "read": Link("getResponse", _THIS),
+            "delete": Link("deleteResponse", _THIS),
+            "inputItems": Link("listInputItems", _THIS),
+            "cancel": Link("cancelResponse", _THIS),
+            "continue": Link("createResponse", body={"previous_response_id": "$response.body#/id"}),
+        },
+    ),
+    Operation(
+        "POST", "/v1/responses/input_tokens", "countInputTokens", "Count the tokens of a response's input",
+        {JSON: InputTokenCount}, ErrorAnswer, _ASKED, PromptBody,
     ),
     Operation(
         "GET", "/v1/responses/{id}", "getResponse", "Read a stored response",
@@ -194,6 +214,11 @@ OPERATIONS = (
         "DELETE", "/v1/responses/{id}", "deleteResponse", "Drop a stored response",
         {JSON: DeletedResponse}, ErrorAnswer, _STORED, parameters=(_ID,),
     ),
+    # No response runs in the background, so that this never answers 200.
+    Operation(
+        "POST", "/v1/responses/{id}/cancel", "cancelResponse", "Cancel a response in the background",
+        {JSON: Response}, ErrorAnswer, _STORED, parameters=(_ID,),
+    ),
     Operation(
         "GET", "/v1/responses/{id}/input_items", "listInputItems", "List the items of a response's input",
         {JSON: ItemList}, ErrorAnswer, _STORED,
@@ -201,7 +226,13 @@ OPERATIONS = (
             _ID,
             query_parameter("limit", {"type": "integer", "minimum": 1, "maximum": 100}),
             query_parameter("order", {"type": "string", "enum": ["asc", "desc"]}),
-            query_parameter("after", {"type": "string"}),
+            query_parameter("after", {"type": "string", "minLength": 1}),
         ),
+        links={
+            "refer": Link(
+                "createResponse",
+                body={"input": [{"type": "item_reference", "id": "$response.body#/data/0/id"}]},
+            ),
+        },
     ),
 )  # fmt: skip

@@ -6,13 +6,15 @@ the same forms, so one schema reads them all.
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, TypeAdapter
 
-from rest_shim.bodies import TAG_PREFIX, Body
+from rest_shim.bodies import TAG_PREFIX, UNKNOWN_VARIANT, Body
+from rest_shim.remote_images import ImageReference, is_remote
 
 MAX_ITEMS = 16_384
 MAX_PARTS = 4_096
@@ -35,12 +37,26 @@ class RefusalPart(Body):
     refusal: str
 
 
-class ImagePart(Body):
-    """An image; only data: URLs are taken."""
+class ImagePart(ImageReference):
+    """An image: a data: URL, or where that is allowed, a remote one."""
 
     type: Literal["input_image"]
     image_url: str
     detail: str = "auto"
+
+    @property
+    def remote_url(self) -> str:
+        """As ImageReference says."""
+        return self.image_url if is_remote(self.image_url) else ""
+
+    @property
+    def url_path(self) -> str:
+        """As ImageReference says."""
+        return ".image_url"
+
+    def holding(self, kind: str, encoded: str) -> ImagePart:
+        """As ImageReference says."""
+        return self.model_copy(update={"image_url": f"data:{kind};base64,{encoded}"})
 
 
 _PART_TAGS = {
@@ -63,7 +79,7 @@ Part = Annotated[
     | Annotated[ImagePart, Tag("~image")],
     Discriminator(
         _part_tag,
-        custom_error_type="part",
+        custom_error_type=UNKNOWN_VARIANT,
         custom_error_message="A content part must be an object with the type 'input_text', 'output_text', "
         "'refusal' or 'input_image'",
     ),
@@ -156,7 +172,7 @@ Item = Annotated[
     | Annotated[ItemReference, Tag("~item_reference")],
     Discriminator(
         _item_tag,
-        custom_error_type="item",
+        custom_error_type=UNKNOWN_VARIANT,
         custom_error_message="An input item must be an object with the type 'message', 'function_call', "
         "'function_call_output', 'reasoning' or 'item_reference'",
     ),
@@ -184,17 +200,43 @@ _ID_PREFIXES = {
 }
 
 
-def new_id(prefix: str) -> str:
-    """A fresh id of the form that OpenAI's have."""
-    return f"{prefix}_{uuid.uuid4().hex}"
+_ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]{32})[0-9a-f]{4,8}", re.ASCII)
 
 
-def listed(items: Sequence[Item]) -> Iterator[dict[str, object]]:
+class Ids:
+    """The ids of a response and of its items.
+
+    An item's id begins with its response's, so that a client may name an item alone and the server
+    knows which record holds it.
+    """
+
+    def __init__(self) -> None:
+        self._stem = uuid.uuid4().hex
+        self._count = 0
+
+    @property
+    def response(self) -> str:
+        """The response's own."""
+        return f"resp_{self._stem}"
+
+    def new(self, prefix: str) -> str:
+        """One of a further item, of the form that OpenAI's have."""
+        self._count += 1
+        return f"{prefix}_{self._stem}{self._count:04x}"
+
+
+def response_of(item_id: str) -> str | None:
+    """The id of the response that an item belongs to; None for an id that is not of this server's making."""
+    found = _ITEM_ID.fullmatch(item_id)
+    return f"resp_{found[1]}" if found else None
+
+
+def listed(items: Sequence[Item], ids: Ids) -> Iterator[dict[str, object]]:
     """Input items as they are shown and stored: whole, each with an id."""
     for item in items:
         shown = item.model_dump()
         if not item.id:
-            shown["id"] = new_id(_ID_PREFIXES[item.type])
+            shown["id"] = ids.new(_ID_PREFIXES[item.type])
         match item:
             case MessageItem(role="assistant"):
                 shown["content"] = [_spoken(part) for part in item.content]

@@ -12,7 +12,7 @@ from osaurus_grpc.v1 import chat_pb2, sampling_pb2, usage_pb2
 from rest_shim.errors import Refusal
 from rest_shim.openai.convert import logprobs_json
 from rest_shim.responses import schema
-from rest_shim.responses.items import new_id
+from rest_shim.responses.items import Ids
 
 ResponseStatus = Literal["in_progress", "completed", "incomplete", "failed"]
 
@@ -35,7 +35,7 @@ class Draft:
     def __init__(self, body: schema.ResponseBody, created: int) -> None:
         self._body = body
         self._created = created
-        self.id = new_id("resp")
+        self.ids = Ids()
         self.model = body.model
         # Set to False where the core would not keep it: the response says what is so.
         self.is_stored = body.store
@@ -52,7 +52,7 @@ class Draft:
         """The resource as it stands; completed is in Unix seconds."""
         body = self._body
         return {
-            "id": self.id,
+            "id": self.ids.response,
             "object": "response",
             "created_at": self._created,
             "completed_at": completed if status == "completed" else None,
@@ -192,7 +192,7 @@ def token_logprobs(tokens: Sequence[sampling_pb2.ChosenTokenLogprob]) -> Sequenc
     return content if isinstance(content, list) else ()
 
 
-def output_items(choice: chat_pb2.ChatChoice) -> Sequence[dict[str, object]]:
+def output_items(choice: chat_pb2.ChatChoice, ids: Ids) -> Sequence[dict[str, object]]:
     """The items of a whole answer: reasoning, text, calls.
 
     An answer without any is an empty text. Only its last item can be cut off.
@@ -201,12 +201,12 @@ def output_items(choice: chat_pb2.ChatChoice) -> Sequence[dict[str, object]]:
     text = "".join(part.text for part in message.content)
     made: list[dict[str, object]] = []
     if message.reasoning:
-        made.append(reasoning_item(new_id("rs"), "completed", message.reasoning))
+        made.append(reasoning_item(ids.new("rs"), "completed", message.reasoning))
     if text or not (message.tool_calls or message.reasoning):
         part = text_part(text, token_logprobs(choice.logprobs.tokens))
-        made.append(message_item(new_id("msg"), "completed", [part]))
+        made.append(message_item(ids.new("msg"), "completed", [part]))
     made.extend(
-        call_item(new_id("fc"), "completed", call.id, call.function.name, call.function.arguments_json)
+        call_item(ids.new("fc"), "completed", call.id, call.function.name, call.function.arguments_json)
         for call in message.tool_calls
     )
     made[-1]["status"] = status_of(choice.finish_reason)

@@ -9,19 +9,21 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from osaurus_grpc.v1 import chat_pb2
+from osaurus_grpc.v1 import chat_pb2, inference_service_pb2
 from rest_shim.backend import Backend, Caller
 from rest_shim.bodies import read_body
 from rest_shim.callers import caller_of
 from rest_shim.errors import CoreError, Refusal, refusal_from_core
+from rest_shim.remote_images import RemoteImages
 from rest_shim.responses import convert, resource
-from rest_shim.responses.convert import Conversation
-from rest_shim.responses.items import listed
+from rest_shim.responses.conversation import Conversation, conversation, given, references, resolved
+from rest_shim.responses.items import Item, listed
 from rest_shim.responses.resource import Draft
-from rest_shim.responses.schema import ResponseBody
+from rest_shim.responses.schema import PromptBody, ResponseBody
 from rest_shim.responses.store import ResponseStore, StoredResponse
 from rest_shim.responses.stream import ResponseEncoder
-from rest_shim.routing import Dialect, Route
+from rest_shim.responses.truncation import fitted
+from rest_shim.routing import Dialect, Route, later
 from rest_shim.settings import Settings
 from rest_shim.wire import event_stream, json_response, relay
 
@@ -56,6 +58,7 @@ class ResponsesRoutes:
     def __init__(self, backend: Backend, settings: Settings) -> None:
         self._backend = backend
         self._settings = settings
+        self._images = RemoteImages(settings)
         self._store = ResponseStore(backend)
 
     def routes(self) -> Sequence[Route]:
@@ -63,14 +66,18 @@ class ResponsesRoutes:
         openai = Dialect.OPENAI
         return (
             Route("POST", "/responses", self.create, openai),
+            Route("POST", "/responses/input_tokens", self.input_tokens, openai),
+            later("POST", "/responses/compact", openai, "Compacting a conversation"),
             Route("GET", "/responses/{id}", self.retrieve, openai),
             Route("DELETE", "/responses/{id}", self.delete, openai),
             Route("GET", "/responses/{id}/input_items", self.input_items, openai),
+            Route("POST", "/responses/{id}/cancel", self.cancel, openai),
         )
 
     async def create(self, request: web.Request) -> web.StreamResponse:
         """POST /responses."""
         body = await read_body(request, ResponseBody, self._settings.request_timeout_seconds)
+        body = await self._images.inlined(body)
         turn = await self._turn(body, caller_of(request))
         try:
             if body.stream:
@@ -82,24 +89,58 @@ class ResponsesRoutes:
             raise refusal_from_core(error, turn.talk.json_path) from error
         return json_response(await self._finished(turn, answer))
 
-    async def _turn(self, body: ResponseBody, caller: Caller) -> _Turn:
-        convert.check(body)
+    async def input_tokens(self, request: web.Request) -> web.StreamResponse:
+        """POST /responses/input_tokens."""
+        body = await read_body(request, PromptBody, self._settings.request_timeout_seconds)
+        body = await self._images.inlined(body)
+        convert.check_prompt(body)
+        caller = caller_of(request)
+        talk, _ = await self._conversation(body, caller)
+        try:
+            counted = await self._count(body, talk, caller)
+        except CoreError as error:
+            raise refusal_from_core(error, talk.json_path) from error
+        return json_response({"object": "response.input_tokens", "input_tokens": counted.token_count})
+
+    async def _count(
+        self, body: PromptBody, talk: Conversation, caller: Caller
+    ) -> inference_service_pb2.CountTokensResponse:
+        question = inference_service_pb2.CountTokensRequest(chat=convert.prompt_request(body, talk))
+        return await self._backend.count_tokens(question, caller)
+
+    async def _conversation(self, body: PromptBody, caller: Caller) -> tuple[Conversation, Sequence[Item]]:
+        """A request's messages, and its own input's items with references resolved."""
         history = await self._store.history(body.previous_response_id, caller)
         known = {item.id: item for item in history}
-        talk = convert.conversation(body, history, known)
+        unknown = [item_id for item_id in references(body) if item_id not in known]
+        if unknown:
+            known |= await self._store.items(unknown, caller)
+        return conversation(body, history, known), resolved(given(body), known)
+
+    async def _turn(self, body: ResponseBody, caller: Caller) -> _Turn:
+        convert.check(body)
+        talk, own = await self._conversation(body, caller)
+        draft = Draft(body, int(time.time()))
+        if body.truncation == "auto":
+            try:
+                talk = await fitted(
+                    talk, body.max_output_tokens, lambda part: self._count(body, part, caller)
+                )
+            except CoreError as error:
+                raise refusal_from_core(error, talk.json_path) from error
         return _Turn(
             body=body,
             talk=talk,
             chat=convert.chat_request(body, talk),
-            shown=list(listed(convert.resolved(convert.given(body), known))),
-            draft=Draft(body, int(time.time())),
+            shown=list(listed(own, draft.ids)),
+            draft=draft,
             caller=caller,
         )
 
     async def _finished(self, turn: _Turn, answer: chat_pb2.ChatResponse) -> dict[str, object]:
         choice = answer.choices[0]
         turn.draft.model = answer.model
-        output = resource.output_items(choice)
+        output = resource.output_items(choice, turn.draft.ids)
         status = resource.status_of(choice.finish_reason)
         completed = int(time.time())
         whole = turn.draft.resource(status, output, usage=answer.usage, completed=completed)
@@ -109,7 +150,7 @@ class ResponsesRoutes:
     async def _keep(self, turn: _Turn, whole: dict[str, object]) -> None:
         if turn.body.store:
             stored = StoredResponse(resource=whole, input=turn.shown)
-            turn.draft.is_stored = await self._store.put(turn.draft.id, stored, turn.caller)
+            turn.draft.is_stored = await self._store.put(turn.draft.ids.response, stored, turn.caller)
 
     @asynccontextmanager
     async def _stored_at_end(
@@ -134,6 +175,9 @@ class ResponsesRoutes:
         """GET /responses/{id}."""
         if request.query.get("stream", "false") not in {"false", "0", ""}:
             raise Refusal(400, "A stored response cannot be streamed again.", param="stream")
+        if "starting_after" in request.query:
+            text = "'starting_after' is for streams, and a stored response cannot be streamed again."
+            raise Refusal(400, text, param="starting_after")
         stored = await self._store.get(request.match_info["id"], caller_of(request))
         return json_response(stored.resource)
 
@@ -142,6 +186,12 @@ class ResponsesRoutes:
         response_id = request.match_info["id"]
         await self._store.delete(response_id, caller_of(request))
         return json_response({"id": response_id, "object": "response", "deleted": True})
+
+    async def cancel(self, request: web.Request) -> web.StreamResponse:
+        """POST /responses/{id}/cancel: a response is stored once it has ended, so that none is running."""
+        await self._store.get(request.match_info["id"], caller_of(request))
+        text = "Only a response in the background can be cancelled, and this one was not made there."
+        raise Refusal(400, text, param="id")
 
     async def input_items(self, request: web.Request) -> web.StreamResponse:
         """GET /responses/{id}/input_items, newest first unless order=asc."""

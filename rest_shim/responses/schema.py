@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema
 
 from rest_shim.bodies import Body, Integer
 from rest_shim.openai.sampling import MAX_INT32, SamplingFields, TokenCount
@@ -86,34 +86,57 @@ class ResponseStreamOptions(Body):
     include_obfuscation: bool = False
 
 
-class ResponseBody(SamplingFields):
-    """POST /responses."""
+# Of these only log-probabilities are made here; the others belong to tools that the server itself would run,
+# and encrypted reasoning is null, since reasoning is shown as it is and is read back in that form.
+Includable = Literal[
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+]
+
+
+# What is refused with words of its own; nothing but null is taken.
+_NOT_HERE = WithJsonSchema({"type": "null"})
+
+
+class PromptBody(Body):
+    """What makes up the prompt of a response; all of POST /responses/input_tokens."""
 
     model: ModelName = ""
     input: Items | None = None
     instructions: str | None = None
     previous_response_id: ResponseId | None = None
-    store: bool = True
-    stream: bool = False
-    stream_options: ResponseStreamOptions | None = None
     tools: list[FunctionTool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: Annotated[
         ToolChoice, BeforeValidator(_tool_choice, json_schema_input_type=ChoiceMode | ToolChoice)
     ] = Field(default_factory=lambda: ToolChoice(type="auto"))
     parallel_tool_calls: bool = True
-    max_tool_calls: Annotated[Integer, Field(ge=1, le=MAX_INT32)] | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
+    truncation: Literal["auto", "disabled"] = "disabled"
+    conversation: Annotated[Any, _NOT_HERE] = None
+    prompt: Annotated[Any, _NOT_HERE] = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ResponseBody(PromptBody, SamplingFields):
+    """POST /responses."""
+
+    store: bool = True
+    stream: bool = False
+    stream_options: ResponseStreamOptions | None = None
+    max_tool_calls: Annotated[Integer, Field(ge=1, le=MAX_INT32)] | None = None
     max_output_tokens: TokenCount | None = None
     top_logprobs: Annotated[Integer, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    include: list[str] = Field(default_factory=list, max_length=64)
-    truncation: Literal["auto", "disabled"] = "disabled"
-    background: bool = False
+    include: list[Includable] = Field(default_factory=list, max_length=64)
+    background: Annotated[bool, WithJsonSchema({"type": "boolean", "const": False})] = False
     metadata: dict[
         Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]
     ] = Field(default_factory=dict, max_length=MAX_METADATA)
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    conversation: Any = None
-    prompt: Any = None
-    chat_template_kwargs: dict[str, Any] | None = None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rest_shim.backend import Backend, Caller
 from rest_shim.errors import CoreError, Refusal
-from rest_shim.responses.items import STORED_ITEMS, Item
+from rest_shim.responses.items import STORED_ITEMS, Item, response_of
 from rest_shim.wire import dump
 
 log = logging.getLogger(__name__)
@@ -91,11 +91,31 @@ class ResponseStore:
             if len(turns) >= MAX_TURNS or size > MAX_HISTORY_BYTES:
                 text = "The conversation is too long to be continued by its id; send its items instead."
                 raise Refusal(400, text, param="previous_response_id")
-            output = stored.resource.get("output")
-            turns.append([*stored.input, *(output if isinstance(output, list) else ())])
+            turns.append(_items_of(stored))
             previous = stored.resource.get("previous_response_id")
             wanted = previous if isinstance(previous, str) else None
         return STORED_ITEMS.validate_python([item for turn in reversed(turns) for item in turn])
+
+    async def items(self, item_ids: Sequence[str], caller: Caller) -> Mapping[str, Item]:
+        """Items of any responses, by id; those that are not found are left out.
+
+        Raises:
+            CoreError: The core cannot be asked.
+        """
+        wanted = {response_id for item_id in item_ids if (response_id := response_of(item_id)) is not None}
+        found: list[object] = []
+        size = 0
+        for response_id in sorted(wanted)[:MAX_TURNS]:
+            try:
+                stored, read = await self._read(response_id, caller)
+            except Refusal:
+                continue
+            size += read
+            if size > MAX_HISTORY_BYTES:
+                break
+            found.extend(_items_of(stored))
+        asked = set(item_ids)
+        return {item.id: item for item in STORED_ITEMS.validate_python(found) if item.id in asked}
 
     async def _read(self, response_id: str, caller: Caller) -> tuple[StoredResponse, int]:
         try:
@@ -104,6 +124,11 @@ class ResponseStore:
             raise _missing(error, response_id) from error
         record = json.loads(content)
         return StoredResponse(resource=record["response"], input=record["input"]), len(content)
+
+
+def _items_of(stored: StoredResponse) -> list[object]:
+    output = stored.resource.get("output")
+    return [*stored.input, *(output if isinstance(output, list) else ())]
 
 
 def _missing(error: CoreError, response_id: str) -> Exception:

@@ -1,7 +1,9 @@
 """The stream of a response: the core's events in, named server-sent events out.
 
-Each output item is opened, filled and closed before the next one begins. Reasoning uses OpenAI's
-event names (response.reasoning_text.*), which its SDKs know.
+Each output item is opened, filled and closed before the next one begins. As the Open Responses
+specification has it, the stream ends with [DONE], and an error is followed by response.failed. Reasoning
+uses OpenAI's event names (response.reasoning_text.*), which its SDKs know and which are those that the
+specification's text makes of the content's type; its schema calls them response.reasoning.*.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from typing import assert_never
 from osaurus_grpc.v1 import chat_pb2, sampling_pb2
 from rest_shim.errors import Refusal
 from rest_shim.responses import resource
-from rest_shim.responses.items import new_id
+from rest_shim.responses.items import Ids
 from rest_shim.responses.resource import Draft
-from rest_shim.wire import dump
+from rest_shim.wire import SSE_DONE, dump
 
 
 class _OpenItem:
@@ -44,8 +46,8 @@ class _OpenItem:
 class _Message(_OpenItem):
     kind = "output_text"
 
-    def __init__(self, index: int) -> None:
-        super().__init__(new_id("msg"), index)
+    def __init__(self, ids: Ids, index: int) -> None:
+        super().__init__(ids.new("msg"), index)
         self.logprobs: list[object] = []
 
     def part(self) -> dict[str, object]:
@@ -58,8 +60,8 @@ class _Message(_OpenItem):
 class _Reasoning(_OpenItem):
     kind = "reasoning_text"
 
-    def __init__(self, index: int) -> None:
-        super().__init__(new_id("rs"), index)
+    def __init__(self, ids: Ids, index: int) -> None:
+        super().__init__(ids.new("rs"), index)
 
     def part(self) -> dict[str, object]:
         return {"type": "reasoning_text", "text": self.text}
@@ -71,8 +73,8 @@ class _Reasoning(_OpenItem):
 class _Call(_OpenItem):
     kind = "function_call"
 
-    def __init__(self, index: int, call_index: int, call_id: str, name: str) -> None:
-        super().__init__(new_id("fc"), index)
+    def __init__(self, ids: Ids, index: int, call_index: int, call_id: str, name: str) -> None:
+        super().__init__(ids.new("fc"), index)
         self.call_index = call_index
         self.call_id = call_id
         self.name = name
@@ -124,7 +126,8 @@ class ResponseEncoder:
                 return self._finish(event.choice_finished.finish_reason)
             case "completed":
                 self._is_complete = True
-                return self._frame(f"response.{self._status}", {"response": self.final(event.completed)})
+                last = self._frame(f"response.{self._status}", {"response": self.final(event.completed)})
+                return last + SSE_DONE
             case "prompt_progress" | None:
                 # None: an event that a newer core knows and this shim does not.
                 return b""
@@ -132,13 +135,14 @@ class ResponseEncoder:
                 assert_never(kind)
 
     def failure(self, refusal: Refusal) -> bytes:
-        """The event that ends a begun stream: response.failed, or error before there is a response."""
-        if self._is_begun:
-            failed = self._draft.resource("failed", self._output, failure=refusal)
-            return self._frame("response.failed", {"response": failed})
+        """The events that end a begun stream: error, and response.failed where there is a response."""
         # OpenAI's SDKs look at the outer fields, the Open Responses specification at the inner ones.
         said = {"code": refusal.code, "message": refusal.message, "param": refusal.param}
-        return self._frame("error", {**said, "error": {"type": refusal.kind, **said}})
+        frames = self._frame("error", {**said, "error": {"type": refusal.kind, **said}})
+        if self._is_begun:
+            failed = self._draft.resource("failed", self._output, failure=refusal)
+            frames += self._frame("response.failed", {"response": failed})
+        return frames + SSE_DONE
 
     def _start(self, started: chat_pb2.ChatStarted) -> bytes:
         self._is_begun = True
@@ -151,7 +155,7 @@ class ResponseEncoder:
             return b""
         frames = b""
         if not isinstance(self._open, _Message):
-            frames = self._close("completed") + self._open_part(_Message(len(self._output)))
+            frames = self._close("completed") + self._open_part(_Message(self._draft.ids, len(self._output)))
         assert isinstance(self._open, _Message)
         logprobs = list(resource.token_logprobs(delta.logprobs))
         self._open.logprobs += logprobs
@@ -164,7 +168,9 @@ class ResponseEncoder:
             return b""
         frames = b""
         if not isinstance(self._open, _Reasoning):
-            frames = self._close("completed") + self._open_part(_Reasoning(len(self._output)))
+            frames = self._close("completed") + self._open_part(
+                _Reasoning(self._draft.ids, len(self._output))
+            )
         assert self._open is not None
         self._open.pieces.append(text)
         body = {**self._open.place, "content_index": 0, "delta": text}
@@ -174,7 +180,7 @@ class ResponseEncoder:
         frames = b""
         if not isinstance(self._open, _Call) or self._open.call_index != delta.call_index:
             frames = self._close("completed")
-            self._open = _Call(len(self._output), delta.call_index, delta.id, delta.name)
+            self._open = _Call(self._draft.ids, len(self._output), delta.call_index, delta.id, delta.name)
             frames += self._added(self._open)
         if delta.arguments_json:
             self._open.pieces.append(delta.arguments_json)
@@ -219,7 +225,7 @@ class ResponseEncoder:
         frames = b""
         if self._open is None and not self._output:
             # An answer without anything is an empty text.
-            frames = self._open_part(_Message(0))
+            frames = self._open_part(_Message(self._draft.ids, 0))
         return frames + self._close(status)
 
     def _frame(self, kind: str, body: Mapping[str, object]) -> bytes:

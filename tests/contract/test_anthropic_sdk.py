@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 
 import anthropic
+import httpx
 import pytest
 from anthropic.types import (
     MessageParam,
@@ -227,14 +228,59 @@ def test_errors(client: anthropic.Anthropic) -> None:
         client.messages.create(model="claude", max_tokens=1, messages=HI)
     with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
         client.messages.create(model=TINY, max_tokens=0, messages=HI)
-    with pytest.raises(anthropic.BadRequestError, match="context"):
+    with pytest.raises(anthropic.BadRequestError, match=r"prompt is too long: \d+ tokens > 2048 maximum"):
         client.messages.create(
             model=TINY, max_tokens=1, messages=[{"role": "user", "content": "word " * 5000}]
         )
     image = {"type": "base64", "media_type": "image/png", "data": "aGVsbG8="}
-    with pytest.raises(anthropic.BadRequestError):
+    with pytest.raises(anthropic.BadRequestError, match=r"messages\.0\.content\.0: .*image"):
         client.messages.create(
             model=TINY,
             max_tokens=1,
             messages=[{"role": "user", "content": [{"type": "image", "source": image}]}],  # type: ignore[typeddict-item, list-item]  # a literal's type is lost
         )
+    result: ToolResultBlockParam = {"type": "tool_result", "tool_use_id": "toolu_9", "content": "11 C"}
+    with pytest.raises(anthropic.BadRequestError, match=r"messages\.1\.content\.0\.tool_use_id: "):
+        client.messages.create(
+            model=TINY,
+            max_tokens=1,
+            messages=[*HI, {"role": "user", "content": [result, {"type": "text", "text": "So?"}]}],
+        )
+
+
+def test_a_coding_agents_request(tiny_http: str) -> None:
+    """Everything that such a client sends for Anthropic's own service, and the SDK's types do not know."""
+    cached = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    schema = {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}
+    tools = [
+        {"name": f"Tool{index}", "input_schema": schema, "eager_input_streaming": True, **cached}
+        for index in range(20)
+    ]
+    body = {
+        "model": TINY,
+        "max_tokens": 32_000,
+        "temperature": 1,
+        "stream": True,
+        "metadata": {"user_id": "user_1_account__session_2"},
+        "system": [{"type": "text", "text": "You write code.", **cached}],
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Hello", **cached}]}],
+        "tools": tools,
+        "thinking": {"type": "enabled", "budget_tokens": 31_999},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "output_config": {"effort": "high"},
+        "betas": ["context-management-2025-06-27"],
+        "service_tier": "auto",
+        "container": None,
+    }
+    headers = {"anthropic-version": "2099-01-01", "anthropic-beta": "a,b", "x-api-key": "k"}
+    with httpx.Client(base_url=tiny_http, headers=headers, timeout=120) as http:
+        counted = http.post("/v1/messages/count_tokens?beta=true", json={**body, "stream": None}).json()
+        with http.stream("POST", "/v1/messages?beta=true", json=body) as answer:
+            lines = answer.iter_lines()
+            start = json.loads(
+                next(line for line in lines if line.startswith("data: ")).removeprefix("data: ")
+            )
+    assert answer.status_code == 200
+    assert answer.headers["request-id"]
+    usage = start["message"]["usage"]
+    assert usage["input_tokens"] + usage["cache_read_input_tokens"] == counted["input_tokens"]

@@ -146,8 +146,10 @@ class TestShapes:
             text = await answer.text()
         created = json.loads(text.partition("\n")[0].removeprefix("data: "))["created"]
         bare = text.replace(',"logprobs":null', "").replace(',"system_fingerprint":"fp_0123456789"', "")
-        # The reference's first delta is {"role":"assistant"}; OpenAI's own has the empty content too.
-        bare = bare.replace(',"content":""}', "}")
+        # The reference's first delta is {"role":"assistant"}; OpenAI's own says too that it has neither text
+        # nor a refusal yet.
+        assert '{"role":"assistant","content":"","refusal":null}' in bare
+        bare = bare.replace(',"content":"","refusal":null}', "}")
         head = (
             f'data: {{"id":"{ID}","object":"chat.completion.chunk","created":{created},"model":"{MODEL}",'
             '"choices":[{"index":0,"delta":'

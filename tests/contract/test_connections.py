@@ -10,6 +10,7 @@ import select
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -114,18 +115,43 @@ def test_comments_come_while_the_prompt_is_processed(tiny_dir: Path) -> None:
     assert text.endswith("data: [DONE]\n\n"), text[-500:]
 
 
+# How each dialect's stream says that it has failed, and what would say that it was whole.
+FAILURES = {
+    "/v1/chat/completions": (b'data: {"error":{', b"[DONE]"),
+    "/v1/completions": (b'data: {"error":{', b"[DONE]"),
+    "/v1/responses": (b"event: response.failed\ndata: {", b"response.completed"),
+    "/v1/messages": (
+        b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error"',
+        b"message_stop",
+    ),
+    "/api/chat": (b'\n{"error":"', b'"done":true'),
+    "/api/generate": (b'\n{"error":"', b'"done":true'),
+}
+
+
 def test_a_core_that_is_killed_in_mid_stream(tiny_dir: Path) -> None:
+    """No stream ends as if it were whole, in any dialect, and the shim goes on."""
     flags = ("--max-concurrent-requests", "0", "--requests-per-minute", "0")
-    with core_process(tiny_dir, *flags) as core, rest_process(core.address) as rest:
-        with begin(rest.url, "/v1/chat/completions", {**LONG, "stream": True}) as connection:
-            data = connection.recv(1000)
-            assert data.startswith(b"HTTP/1.1 200 OK")
-            core.popen.kill()
-            while more := connection.recv(65536):
-                data += more
-        assert b'"code":"service_unavailable"' in data
-        assert b"[DONE]" not in data
+    body = {**LONG, "stream": True, "options": {"num_predict": -1}}
+    inputs = {"/v1/responses": {"input": "Hello"}}
+    with core_process(tiny_dir, *flags) as core, rest_process(core.address) as rest, ExitStack() as stack:
+        streams = {
+            path: stack.enter_context(
+                begin(rest.url, path, {**body, **inputs.get(path, {"prompt": "Hello"})})
+            )
+            for path in FAILURES
+        }
+        received = {path: stream.recv(1000) for path, stream in streams.items()}
+        core.popen.kill()
+        for path, stream in streams.items():
+            assert received[path].startswith(b"HTTP/1.1 200 OK")
+            while more := stream.recv(65536):
+                received[path] += more
         with httpx.Client(base_url=rest.url, timeout=SECONDS) as client:
             assert client.get("/").status_code == 200
             assert client.get("/health").status_code == 503
             assert status_of_a_short_one(client) == 503
+    for path, (failure, end) in FAILURES.items():
+        assert failure in received[path], received[path][-500:]
+        assert end not in received[path]
+    assert b'"code":"service_unavailable"' in received["/v1/chat/completions"]

@@ -105,6 +105,12 @@ DEVIATIONS: Mapping[str, Deviation] = {
     "chat stream:null": _STREAMED,
     "chat logprobs stream": _STREAMED,
     "chat format bad": _WRONG_OPTION,
+    "chat format json": Deviation(
+        "the tiny model's likeliest object is an empty one, and no limit cuts that off",
+        body=r'\{"model":"tiny-llama","created_at":"[^"]+","message":\{"role":"assistant",'
+        r'"content":"\{\}"\},"done":true,"done_reason":"stop","total_duration":\d+,"load_duration":\d+,'
+        r'"prompt_eval_count":\d+,"prompt_eval_duration":\d+,"eval_count":\d+,"eval_duration":\d+\}',
+    ),
     "chat option wrong type": _WRONG_OPTION,
     "chat option wrong type int": _WRONG_OPTION,
     "chat stop as string": _WRONG_OPTION,
@@ -134,7 +140,7 @@ DEVIATIONS: Mapping[str, Deviation] = {
     "blob head bad": Deviation(NOT_HERE, status=501),
     "show mario": Deviation("nothing is created", status=404, text="model 'mario:latest' not found"),
     "v1 messages no max_tokens": Deviation(
-        BY_THE_CONTRACT, content_type=_JSON, text="Missing required parameter: 'max_tokens'."
+        BY_THE_CONTRACT, content_type=_JSON, text="max_tokens: Field required"
     ),
     "v1 messages unknown model": Deviation(BY_THE_CONTRACT, text="Model not found: nope"),
     "count_tokens": Deviation(

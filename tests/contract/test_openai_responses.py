@@ -111,10 +111,15 @@ def test_a_conversation_is_continued(client: openai.OpenAI, stream: bool) -> Non
     ("fields", "param"),
     [
         ({"background": True}, "background"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"prompt": {"id": "pmpt_1"}}, "prompt"),
+        ({"include": ["everything"]}, "include[0]"),
+        ({"metadata": {"a" * 65: "b"}}, "metadata." + "a" * 64 + "..."),
+        ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input[0].call_id"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"input": "word " * 20_000}, "input"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].id"),
-        ({"input": [{"role": "user", "content": ""}]}, "input[0].content"),
+        ({"input": [{"role": "user", "content": []}]}, "input[0].content"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
     ],
 )
@@ -124,6 +129,103 @@ def test_a_field_that_cannot_be_honoured_is_named(
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(**{"model": TINY, "input": "Hello", **fields})  # type: ignore[call-overload]  # wrong on purpose
     assert caught.value.param == param
+
+
+def test_what_changes_nothing_is_taken_and_told(client: openai.OpenAI) -> None:
+    said = {
+        "metadata": {"a": "b"}, "max_tool_calls": 3, "parallel_tool_calls": False, "truncation": "auto",
+        "prompt_cache_key": "k", "safety_identifier": "s", "text": {"verbosity": "low"}, "store": False,
+    }  # fmt: skip
+    answer = client.responses.create(
+        model=TINY, input="Hello", max_output_tokens=2, service_tier="flex", user="u",
+        include=["reasoning.encrypted_content"], **said,  # type: ignore[arg-type]  # a table
+    )  # fmt: skip
+    shown = answer.model_dump(exclude_unset=True)
+    for name in said.keys() - {"text"}:
+        assert shown[name] == said[name]
+    assert (shown["text"]["verbosity"], shown["service_tier"], shown["background"]) == (
+        "low",
+        "default",
+        False,
+    )
+    assert answer.status == "incomplete"
+    assert answer.usage is not None
+    assert answer.usage.input_tokens_details.cache_write_tokens == 0  # type: ignore[attr-defined]  # newer than its stub
+    assert answer.usage.total_tokens == answer.usage.input_tokens + 2
+
+
+def test_instructions_are_of_their_own_request_only(client: openai.OpenAI) -> None:
+    arguments = {"model": TINY, "temperature": 0, "max_output_tokens": 4}
+    first = client.responses.create(**arguments, input="one", instructions="Speak like a pirate, always.")
+    second = client.responses.create(**arguments, input="two", previous_response_id=first.id)
+    assert second.instructions is None
+    history = [{"role": "user", "content": "one"}, *first.output, {"role": "user", "content": "two"}]
+    whole = client.responses.create(**arguments, input=history)  # type: ignore[arg-type]  # the SDK's own items
+    assert second.usage.input_tokens == whole.usage.input_tokens
+    assert second.output_text == whole.output_text
+
+
+def test_a_client_may_refer_to_items_and_send_nothing_else(client: openai.OpenAI) -> None:
+    """As the AI SDK does where responses are stored: no previous_response_id, only the items' ids."""
+    arguments = {"model": TINY, "temperature": 0, "max_output_tokens": 4}
+    first = client.responses.create(**arguments, input="one")
+    user = {"role": "user", "content": "one"}
+    named = {"type": "item_reference", "id": first.output[0].id}
+    second = client.responses.create(**arguments, input=[user, named, {"role": "user", "content": "two"}])
+    continued = client.responses.create(**arguments, input="two", previous_response_id=first.id)
+    assert second.output_text == continued.output_text
+
+
+def test_the_tokens_of_an_input(client: openai.OpenAI) -> None:
+    first = client.responses.create(model=TINY, input="one", instructions="Be brief.", max_output_tokens=2)
+    for fields in ({"input": "one", "instructions": "Be brief."}, {"previous_response_id": first.id}):
+        counted = client.responses.input_tokens.count(model=TINY, **fields)  # type: ignore[arg-type]  # a table
+        assert counted.object == "response.input_tokens"
+        asked = client.responses.create(model=TINY, max_output_tokens=1, **fields)  # type: ignore[call-overload]  # a table
+        assert counted.input_tokens == asked.usage.input_tokens
+
+
+def test_only_what_runs_in_the_background_is_cancelled(client: openai.OpenAI) -> None:
+    made = client.responses.create(model=TINY, input="Hello", max_output_tokens=1)
+    with pytest.raises(openai.BadRequestError):
+        client.responses.cancel(made.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.cancel("resp_unknown")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.retrieve(made.id, stream=True, starting_after=2)
+    assert caught.value.param == "stream"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_truncation(client: openai.OpenAI, stream: bool) -> None:
+    """Old turns go where they are too many, instructions and the last turn stay."""
+    turns = [
+        {"role": role, "content": f"{word} " * 100}
+        for word in ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta")
+        for role in ("user", "assistant")
+    ]
+    last = {"role": "user", "content": "the end"}
+    arguments = {"model": TINY, "temperature": 0, "max_output_tokens": 4, "instructions": "Be brief."}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(**arguments, input=[*turns * 2, last])  # type: ignore[call-overload]  # a table
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "input")
+    made = client.responses.create(  # type: ignore[call-overload]  # a table
+        **arguments, input=[*turns * 2, last], truncation="auto", stream=stream
+    )
+    answer = list(made)[-1].response if stream else made
+    assert answer.truncation == "auto"
+    kept = answer.usage.input_tokens
+    assert 1_500 < kept < 2_048
+    # The same as if the client had left the oldest turns out itself.
+    rests = [[*(turns * 2)[cut:], last] for cut in range(0, len(turns) * 2, 2)]
+    counts = [
+        client.responses.input_tokens.count(model=TINY, instructions="Be brief.", input=rest).input_tokens  # type: ignore[arg-type]  # a table
+        for rest in rests
+    ]
+    own = client.responses.create(**arguments, input=rests[counts.index(kept)])  # type: ignore[call-overload]  # a table
+    assert own.output_text == answer.output_text
+    with pytest.raises(openai.BadRequestError):
+        client.responses.create(model=TINY, input="word " * 9_000, truncation="auto")
 
 
 def test_logprobs(client: openai.OpenAI) -> None:

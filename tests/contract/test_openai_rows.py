@@ -73,6 +73,8 @@ TAKEN: list[dict[str, Any]] = [
     {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "typical_p": 1, "stop_token_ids": []},
     {"cache_prompt": True, "id_slot": 0, "timings_per_token": True, "a_field_of_tomorrow": [1]},
     {"messages": [{"role": "developer", "content": "Be brief."}, USER]},
+    {"messages": [{"role": "user", "content": ""}]},
+    {"messages": [USER, {"role": "assistant", "content": ""}, {"role": "user", "content": ""}]},
     {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]},
                   {"role": "tool", "tool_call_id": "a", "content": "x"}]},
 ]  # fmt: skip
@@ -125,8 +127,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{}]}, "messages[0].role"),
     ({"messages": [{"role": 123, "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user", "content": 123}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [[["x"]]]}]}, "messages[0].content[0]"),
-    ({"messages": [{"role": "user", "content": [{"type": "hologram"}]}]}, "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": [{"type": "hologram"}]}]}, "messages[0].content[0].type"),
     ({"messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
     ]}]}, "messages[0].content[0].image_url.url"),

@@ -199,7 +199,7 @@ class TestErrors:
             ({"temperature": 3}, "temperature"),
             ({"max_tokens": 0}, "max_tokens"),
             ({"messages": [{"role": "alien", "content": "x"}]}, "messages[0].role"),
-            ({"messages": [{"role": "user", "content": ""}]}, "messages[0].content"),
+            ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
             (
                 {
                     "response_format": {

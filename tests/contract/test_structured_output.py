@@ -1,34 +1,32 @@
 """Structured answers of the real small model, by OpenAI's client: it could not write one by itself.
 
-Forty schemas, unstreamed in batches of eight beside each other, and a part of them again alone and
-streamed. OSAURUS_TEST_SEEDS says how many answers each schema gets; 5 makes two hundred.
+Forty schemas, streamed and whole, in batches of eight and alone: tests/harness/ways.py.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
-import os
+import enum
 from collections.abc import AsyncIterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import jsonschema
 import openai
 import pydantic
 import pytest
 
 from tests.conftest import SMOLLM
-from tests.harness.schemas import SCHEMAS
+from tests.harness.schemas import ONE_HALF, SCHEMAS, validate
+from tests.harness.ways import ENDING_BIAS, IS_EVERYDAY, SEEDS, UNBOUNDED, Answer, Asking, require_agreement
 
 pytestmark = pytest.mark.smollm
 
-_AT_ONCE = 8
-_SEEDS = int(os.environ.get("OSAURUS_TEST_SEEDS", "1"))
+_NAMES = ONE_HALF if IS_EVERYDAY else list(SCHEMAS)
+# A few of different kinds.
+_ALONE = _NAMES[::5]
 
 
 @pytest.fixture
 async def client(smollm_http: str) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{smollm_http}/v1", api_key="none", timeout=280) as made:
+    async with openai.AsyncOpenAI(base_url=f"{smollm_http}/v1", api_key="none", timeout=600) as made:
         yield made
 
 
@@ -44,45 +42,34 @@ def request(name: str, seed: int) -> dict[str, Any]:
         "temperature": 1.0 if seed else 0.0,
         "seed": seed,
         "max_completion_tokens": 250,
+        "logit_bias": ENDING_BIAS if name in UNBOUNDED else {},
     }
 
 
 def require_valid(name: str, text: str) -> None:
-    schema = SCHEMAS[name]
-    if isinstance(schema.get("items"), list):  # an older draft's tuple
-        schema = {**schema, "prefixItems": schema["items"], "items": schema["additionalItems"]}
-    checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
-    jsonschema.Draft202012Validator(schema, format_checker=checker).validate(json.loads(text))
+    validate(text, SCHEMAS[name])
 
 
-@pytest.mark.parametrize("first_seed", range(_SEEDS))
-async def test_every_answer_is_valid(client: openai.AsyncOpenAI, first_seed: int) -> None:
-    places = asyncio.Semaphore(_AT_ONCE)
+@pytest.mark.timeout(1_200)
+@pytest.mark.parametrize("first_seed", range(SEEDS))
+async def test_every_answer_is_valid_and_the_same_in_every_way(
+    client: openai.AsyncOpenAI, first_seed: int
+) -> None:
+    async def ask(asking: Asking) -> Answer:
+        asked = request(asking.name, asking.seed)
+        text, reason = "", None
+        if asking.is_streamed:
+            async for chunk in await client.chat.completions.create(**asked, stream=True):
+                for choice in chunk.choices:
+                    text += choice.delta.content or ""
+                    reason = choice.finish_reason or reason
+        else:
+            (whole,) = (await client.chat.completions.create(**asked)).choices
+            text, reason = whole.message.content or "", whole.finish_reason
+        assert reason in ("stop", "length")
+        return Answer(text, is_cut=reason == "length")
 
-    async def ask(name: str, seed: int) -> None:
-        async with places:
-            completion = await client.chat.completions.create(**request(name, seed))
-        (choice,) = completion.choices
-        # Of the values here only recursive ones have no bound; cut, they say so.
-        if choice.finish_reason == "length":
-            assert name in {"tree", "list by itself"}
-            return
-        assert choice.finish_reason == "stop"
-        require_valid(name, choice.message.content or "")
-
-    # The first round is half greedy, half sampled.
-    await asyncio.gather(*(ask(name, first_seed + i % 2) for i, name in enumerate(SCHEMAS)))
-
-
-@pytest.mark.parametrize("name", ["nested", "enum of kinds", "unicode keys", "date-time"])
-async def test_streamed_and_alone_it_is_the_same(client: openai.AsyncOpenAI, name: str) -> None:
-    text = ""
-    stream = await client.chat.completions.create(**request(name, 3), stream=True)
-    async for chunk in stream:
-        text += chunk.choices[0].delta.content or "" if chunk.choices else ""
-    completion = await client.chat.completions.create(**request(name, 3))
-    assert completion.choices[0].message.content == text
-    require_valid(name, text)
+    await require_agreement(ask, require_valid, _NAMES, _ALONE, first_seed)
 
 
 class Animal(pydantic.BaseModel):
@@ -91,23 +78,43 @@ class Animal(pydantic.BaseModel):
     name: str = pydantic.Field(max_length=12)
 
 
+class Weight(enum.StrEnum):
+    LIGHT = "light"
+    HEAVY = "heavy"
+
+
+class Cage(pydantic.BaseModel):
+    weight: Weight
+    inner: Cage | None
+
+
 class Zoo(pydantic.BaseModel):
     animals: list[Animal] = pydantic.Field(min_length=1, max_length=2)
     open: bool
     curator: Animal | None
+    visitors: Annotated[int, pydantic.Field(ge=0, le=99)] | Literal["none", "many"]
+    cage: Cage
 
 
-async def test_the_clients_parse_gives_objects(client: openai.AsyncOpenAI) -> None:
-    completion = await client.chat.completions.parse(
-        model=SMOLLM,
-        messages=[{"role": "user", "content": "Describe a zoo."}],
-        response_format=Zoo,
-        max_completion_tokens=200,
-        temperature=0.0,
-    )
-    zoo = completion.choices[0].message.parsed
-    assert isinstance(zoo, Zoo)
-    assert 1 <= len(zoo.animals) <= 2
+async def test_the_clients_helpers_give_objects(client: openai.AsyncOpenAI) -> None:
+    # A recursive value has no bound but the model's taste: the bias ends it.
+    nulls = {"18220": 30, "10034": 30}  # "null" and " null"
+    asked: Any = {
+        "model": SMOLLM,
+        "messages": [{"role": "user", "content": "Describe a zoo."}],
+        "response_format": Zoo,
+        "max_completion_tokens": 250,
+        "temperature": 0.0,
+        "logit_bias": nulls,
+    }
+    async with client.chat.completions.stream(**asked) as stream:
+        parts = [event.delta async for event in stream if event.type == "content.delta"]
+        streamed = (await stream.get_final_completion()).choices[0].message
+    whole = (await client.chat.completions.parse(**asked)).choices[0].message
+    assert isinstance(whole.parsed, Zoo)
+    assert 1 <= len(whole.parsed.animals) <= 2
+    assert streamed.parsed == whole.parsed
+    assert "".join(parts) == whole.content
 
 
 async def test_a_schema_that_cannot_be_enforced_is_a_bad_request(client: openai.AsyncOpenAI) -> None:

@@ -71,7 +71,8 @@ def test_thinking_within_its_budget(client: anthropic.Anthropic) -> None:
     assert thinking.thinking
     assert thinking.signature
     assert message.usage.output_tokens_details is not None
-    assert 0 < message.usage.output_tokens_details.thinking_tokens < message.usage.output_tokens
+    # The closing mark is not thought.
+    assert message.usage.output_tokens_details.thinking_tokens == BUDGET
     whole = client.messages.create(
         model=THINKER,
         max_tokens=16,
@@ -80,6 +81,7 @@ def test_thinking_within_its_budget(client: anthropic.Anthropic) -> None:
         extra_body={"temperature": 0},
     )
     assert [block.to_dict() for block in whole.content] == [block.to_dict() for block in message.content]
+    assert whole.usage.output_tokens_details == message.usage.output_tokens_details
 
 
 def test_no_thinking_unless_it_is_asked_for(client: anthropic.Anthropic) -> None:

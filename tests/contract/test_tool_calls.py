@@ -1,35 +1,28 @@
 """Tool calls of the real small model, by OpenAI's client: by itself it cannot call anything.
 
-Arguments follow the schemas that structured answers are tested with, unstreamed in batches of eight, and
-some again alone and streamed. OSAURUS_TEST_SEEDS says how many calls of each; 5 makes two hundred.
+Arguments follow the schemas that structured answers are tested with, streamed and whole, in batches of
+eight and alone: tests/harness/ways.py.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 from collections.abc import AsyncIterator
 from typing import Any
 
-import jsonschema
 import openai
 import pytest
 
 from tests.conftest import SMOLLM
-from tests.harness.schemas import SCHEMAS
+from tests.harness.schemas import OTHER_HALF, SCHEMAS, validate
+from tests.harness.ways import ENDING_BIAS, IS_EVERYDAY, SEEDS, UNBOUNDED, Answer, Asking, require_agreement
 
 pytestmark = pytest.mark.smollm
-
-_AT_ONCE = 8
-_SEEDS = int(os.environ.get("OSAURUS_TEST_SEEDS", "1"))
-# Their values have no bound; an answer that is cut says so.
-_UNBOUNDED = {"tree", "list by itself"}
 
 
 @pytest.fixture
 async def client(smollm_http: str) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{smollm_http}/v1", api_key="none", timeout=280) as made:
+    async with openai.AsyncOpenAI(base_url=f"{smollm_http}/v1", api_key="none", timeout=600) as made:
         yield made
 
 
@@ -54,59 +47,63 @@ def request(name: str, seed: int) -> dict[str, Any]:
         "temperature": 1.0 if seed else 0.0,
         "seed": seed,
         "max_completion_tokens": 250,
+        "logit_bias": ENDING_BIAS if name in UNBOUNDED else {},
     }
 
 
 def require_valid(name: str, arguments: str) -> None:
-    schema = arguments_schema(name)
-    for holder in (schema, schema.get("properties", {}).get("value", {})):
-        if isinstance(holder.get("items"), list):  # an older draft's tuple
-            pytest.fail("tuples of older drafts are tested with structured answers")
-    checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
-    jsonschema.Draft202012Validator(schema, format_checker=checker).validate(json.loads(arguments))
+    validate(arguments, arguments_schema(name))
 
 
-NAMES = [name for name, schema in SCHEMAS.items() if not isinstance(schema.get("items"), list)]
+_CHOSEN = [name for name in SCHEMAS if name in OTHER_HALF] if IS_EVERYDAY else list(SCHEMAS)
+# A few of different kinds.
+_ALONE = _CHOSEN[::8]
 
 
-@pytest.mark.parametrize("seed", range(_SEEDS))
-async def test_every_forced_call_is_valid(client: openai.AsyncOpenAI, seed: int) -> None:
-    places = asyncio.Semaphore(_AT_ONCE)
-
-    async def ask(name: str) -> None:
-        async with places:
-            completion = await client.chat.completions.create(**request(name, seed))
-        (choice,) = completion.choices
-        if choice.finish_reason == "length":
-            assert name in _UNBOUNDED
-            return
-        assert choice.finish_reason == "tool_calls"
-        assert choice.message.content is None
-        (call,) = choice.message.tool_calls or []
-        assert call.type == "function"
-        assert call.function.name == "store"
-        require_valid(name, call.function.arguments)
-
-    await asyncio.gather(*(ask(name) for name in NAMES))
-
-
-@pytest.mark.parametrize("name", ["nested", "unicode keys"])
-async def test_streamed_and_alone_it_is_the_same(client: openai.AsyncOpenAI, name: str) -> None:
+async def whole_call(client: openai.AsyncOpenAI, asked: dict[str, Any]) -> Answer:
+    (choice,) = (await client.chat.completions.create(**asked)).choices
+    assert choice.finish_reason in ("tool_calls", "length")
+    assert choice.message.content is None
+    calls = choice.message.tool_calls or []
+    assert len(calls) == 1 or choice.finish_reason == "length"
     arguments = ""
+    for call in calls:
+        assert call.type == "function"
+        assert call.id.startswith("call_")
+        assert call.function.name == "store"
+        arguments = call.function.arguments
+    return Answer(arguments, is_cut=choice.finish_reason == "length")
+
+
+async def streamed_call(client: openai.AsyncOpenAI, asked: dict[str, Any]) -> Answer:
     first: list[str] = []
-    stream = await client.chat.completions.create(**request(name, 3), stream=True)
-    async for chunk in stream:
-        for call in chunk.choices[0].delta.tool_calls or [] if chunk.choices else []:
-            assert call.function is not None
-            first += [part for part in (call.id, call.function.name) if part]
-            arguments += call.function.arguments or ""
-    completion = await client.chat.completions.create(**request(name, 3))
-    (whole,) = completion.choices[0].message.tool_calls or []
-    assert whole.type == "function"
-    assert whole.function.arguments == arguments
-    assert first[0].startswith("call_")
-    assert first[1:] == ["store"]
-    require_valid(name, arguments)
+    arguments, reason = "", None
+    async for chunk in await client.chat.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            reason = choice.finish_reason or reason
+            assert not choice.delta.content
+            for call in choice.delta.tool_calls or []:
+                assert call.index == 0
+                assert call.function is not None
+                first += [part for part in (call.id, call.function.name) if part]
+                arguments += call.function.arguments or ""
+    assert reason in ("tool_calls", "length")
+    if first:
+        assert first[0].startswith("call_")
+        assert first[1:] == ["store"]
+    return Answer(arguments, is_cut=reason == "length")
+
+
+@pytest.mark.timeout(1_200)
+@pytest.mark.parametrize("first_seed", range(SEEDS))
+async def test_every_forced_call_is_valid_and_the_same_in_every_way(
+    client: openai.AsyncOpenAI, first_seed: int
+) -> None:
+    async def ask(asking: Asking) -> Answer:
+        way = streamed_call if asking.is_streamed else whole_call
+        return await way(client, request(asking.name, asking.seed))
+
+    await require_agreement(ask, require_valid, _CHOSEN, _ALONE, first_seed)
 
 
 async def test_the_agent_loop(client: openai.AsyncOpenAI) -> None:

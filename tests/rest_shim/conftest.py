@@ -34,5 +34,5 @@ async def shim(settings: Settings) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def http(shim: str) -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(shim, timeout=aiohttp.ClientTimeout(total=30)) as session:
+    async with aiohttp.ClientSession(shim, timeout=aiohttp.ClientTimeout(total=120)) as session:
         yield session

@@ -31,7 +31,7 @@ async def exchange(url: str, *parts: bytes) -> bytes:
         for part in parts:
             writer.write(part)
             await writer.drain()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             return await reader.read()
     finally:
         writer.close()
@@ -259,6 +259,42 @@ class TestRequestIds:
 
 
 class TestKeys:
+    @pytest.mark.parametrize(
+        ("method", "path"),
+        [
+            ("GET", "/openapi.json"), ("GET", "/metrics"), ("GET", "/ui"), ("GET", "/api/version"),
+            ("POST", "/api/pull"), ("GET", "/nothing"), ("POST", "/v1/messages"), ("DELETE", "/api/delete"),
+        ],
+    )  # fmt: skip
+    async def test_every_route_but_health_wants_one(
+        self, http: aiohttp.ClientSession, core: ScriptedCore, method: str, path: str
+    ) -> None:
+        core.key = "secret"
+        async with http.request(method, path) as response:
+            assert response.status == 401
+        async with http.request(method, path, headers={"Authorization": "Bearer secret"}) as response:
+            assert response.status != 401
+
+    async def test_a_stranger_cannot_make_it_read_a_body(self, shim: str, core: ScriptedCore) -> None:
+        core.key = "secret"
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 33000000\r\n\r\n"
+        host, port = shim.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head)
+        async with asyncio.timeout(60):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 401 ")
+        writer.close()
+
+    async def test_a_key_is_asked_about_once(self, http: aiohttp.ClientSession, core: ScriptedCore) -> None:
+        core.key = "secret"
+        for key, statuses in (("wrong", [401, 401]), ("secret", [200, 200, 200])):
+            core.keys_shown = 0
+            for status in statuses:
+                headers = {"Authorization": f"Bearer {key}"}
+                async with http.get("/api/version", headers=headers) as response:
+                    assert response.status == status
+        assert core.keys_shown == 1
+
     async def test_a_key_is_passed_on_and_the_core_judges(
         self, http: aiohttp.ClientSession, core: ScriptedCore
     ) -> None:
@@ -399,7 +435,7 @@ class TestLargeBodies:
             async with http.post("/v1/chat/completions", json=CHAT) as response:
                 assert response.status == 503
             server = await core.start(port)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while True:
                     async with http.post("/v1/chat/completions", json=CHAT) as response:
                         if response.status == 200:
@@ -470,8 +506,12 @@ class TestCoreErrors:
             assert response.content_type == "application/json"
             error = (await response.json())["error"]
             assert (error["message"], error["type"], error["code"]) == ("What is wrong.", kind, name)
-            if status in {429, 503}:
-                assert response.headers["Retry-After"] == ("7" if details else "2")
+            if reason == "INSUFFICIENT_MEMORY":
+                # The core would say when, if a retry made sense.
+                assert "Retry-After" not in response.headers
+                assert response.headers["x-should-retry"] == "false"
+            elif status in {429, 503}:
+                assert response.headers["Retry-After"] == "7"
         async with http.post("/api/chat", json={**CHAT, "stream": stream}) as response:
             assert response.status == status
             expected = f"model '{MODEL}' not found" if reason == "MODEL_NOT_FOUND" else "What is wrong."

@@ -19,7 +19,7 @@ from .scripted_core import ScriptedCore
 # They answer 501 until their work is done.
 TO_COME = {
     ("GET", "/ui"), ("POST", "/pull"), ("POST", "/create"), ("POST", "/push"),
-    ("GET", "/blobs/{digest}"), ("POST", "/blobs/{digest}"),
+    ("GET", "/blobs/{digest}"), ("POST", "/blobs/{digest}"), ("POST", "/responses/compact"),
 }  # fmt: skip
 
 
@@ -56,6 +56,17 @@ async def test_it_is_served_as_it_is(http: aiohttp.ClientSession) -> None:
     assert references(served) == {f"#/components/schemas/{name}" for name in schemas}
     names = [operation["operationId"] for path in served["paths"].values() for operation in path.values()]
     assert len(names) == len(set(names))
+
+
+def test_links_lead_to_what_is_described() -> None:
+    by_name = {operation.name: operation for operation in OPERATIONS}
+    links = [link for operation in OPERATIONS for link in operation.links.values()]
+    assert links
+    for link in links:
+        target = by_name[link.operation]
+        assert set(link.parameters) <= {parameter["name"] for parameter in target.parameters}
+        if link.body:
+            assert set(link.body) <= set(getattr(target.body, "model_fields", {}))
 
 
 def accepts(name: str, value: object) -> bool:

@@ -9,7 +9,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
-from tests.harness.processes import child_environment, rest_process
+from tests.harness.processes import START_SECONDS, child_environment, rest_process
 
 # Nothing listens there: the shim starts without a core.
 NO_CORE = "127.0.0.1:9"
@@ -18,13 +18,13 @@ NO_CORE = "127.0.0.1:9"
 def run(home: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "rest_shim", *flags],
-        capture_output=True, text=True, timeout=60, check=False, env=child_environment(home),
+        capture_output=True, text=True, timeout=START_SECONDS, check=False, env=child_environment(home),
     )  # fmt: skip
 
 
 def test_it_says_where_it_listens_and_stops_on_sigterm() -> None:
     with rest_process(NO_CORE, until_serving=False) as process:
-        with urllib.request.urlopen(f"{process.url}/", timeout=10) as response:  # noqa: S310 - our own http URL
+        with urllib.request.urlopen(f"{process.url}/", timeout=60) as response:  # noqa: S310 - our own http URL
             assert response.read() == b"Osaurus is running"
         process.popen.send_signal(signal.SIGTERM)
         assert process.wait() == 0

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import socket
 
 import pytest
 
 from rest_shim.protocol import MAX_FIELD_BYTES, MAX_LINE_BYTES
+from rest_shim.settings import Settings
 
 from .scripted_core import ScriptedCore
 from .test_app import exchange
@@ -47,6 +50,9 @@ MALFORMED = {
     "a length and chunks": (400, POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
     "an unknown transfer encoding": (400, POST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n"),
     "a bad chunk": (400, POST + b"Transfer-Encoding: chunked\r\n\r\nZZ" + SECRET + b"\r\n\r\n"),
+    "a content encoding": (
+        415, POST + b"Content-Encoding: " + SECRET + b"\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}",
+    ),
     "an expectation": (
         417, POST + b"Expect: " + SECRET + b"\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}",
     ),
@@ -94,7 +100,7 @@ async def test_a_chunk_that_goes_wrong_later(shim: str, core: ScriptedCore) -> N
     # The handler waits for the rest of the body when the parser fails.
     await asyncio.sleep(0.05)
     writer.write(b"X" + SECRET + b"\r\n")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         answer = await reader.read()
     writer.close()
     status, headers, _ = parsed(answer)
@@ -120,3 +126,51 @@ async def test_malformed_requests_are_counted(shim: str) -> None:
     raw = b"GET /metrics HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n"
     metrics = (await exchange(shim, raw)).decode()
     assert 'osaurus_http_requests_total{method="OTHER",route="unmatched",status="400"} 1.0' in metrics
+
+
+class TestReaders:
+    """Clients that do not read what they asked for."""
+
+    @pytest.fixture
+    def settings(self, core: ScriptedCore) -> Settings:
+        return Settings(core=core.address, port=0, drain_seconds=5.0, send_timeout_seconds=0.2)
+
+    @staticmethod
+    def connect(url: str) -> socket.socket:
+        """A connection that takes a few KiB at a time."""
+        host, port = url.removeprefix("http://").split(":")
+        made = socket.socket()
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        made.connect((host, int(port)))
+        made.setblocking(False)
+        return made
+
+    @staticmethod
+    async def write_on(client: socket.socket, data: bytes) -> None:
+        """Nothing is read, so that the connection's end shows in writing only."""
+        async with asyncio.timeout(120):
+            while True:
+                await asyncio.get_running_loop().sock_sendall(client, data)
+                await asyncio.sleep(0.02)
+
+    @pytest.mark.parametrize("connection", ["keep-alive", "close"])
+    async def test_one_that_takes_nothing_is_cut(self, shim: str, connection: str) -> None:
+        head = f"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\nConnection: {connection}\r\n\r\n".encode()
+        loop = asyncio.get_running_loop()
+        with self.connect(shim) as client:
+            # More answers than the buffers of both sides hold.
+            with contextlib.suppress(ConnectionError):
+                await loop.sock_sendall(client, head * 200)
+            with pytest.raises(ConnectionError):
+                await self.write_on(client, head)
+
+    async def test_one_that_is_slow_gets_everything(self, shim: str, core: ScriptedCore) -> None:
+        head = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n"
+        loop = asyncio.get_running_loop()
+        with self.connect(shim) as client:
+            await loop.sock_sendall(client, (head + b"\r\n") * 7 + head + b"Connection: close\r\n\r\n")
+            received = 0
+            while data := await loop.sock_recv(client, 65536):
+                received += len(data)
+                await asyncio.sleep(0.002)
+        assert received > 8 * 50_000

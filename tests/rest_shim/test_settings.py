@@ -23,9 +23,15 @@ def test_flags() -> None:
     made = read(
         ["--host", "::1", "--port", "0", "--core", "core:5", "--max-body-bytes", "1", "--insecure-expose",
          "--allowed-origin", "https://a", "--allowed-origin", "https://b", "--drain-seconds", "0",
-         "--request-timeout-seconds", "1.5", "--keep-alive-interval-seconds", "2", "--log-level", "debug"]
+         "--request-timeout-seconds", "1.5", "--keep-alive-interval-seconds", "2", "--log-level", "debug",
+         "--send-timeout-seconds", "3", "--max-held-body-bytes", "0"]
     )  # fmt: skip
-    assert made == Settings("::1", 0, "core:5", ("https://a", "https://b"), 1, 1.5, 2.0, 0.0, True, "debug")
+    assert made == Settings(
+        host="::1", port=0, core="core:5", allowed_origins=("https://a", "https://b"), max_body_bytes=1,
+        request_timeout_seconds=1.5, keep_alive_interval_seconds=2.0, drain_seconds=0.0,
+        insecure_expose=True, log_level="debug", send_timeout_seconds=3.0,
+        max_held_body_bytes=0,
+    )  # fmt: skip
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_file(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from osaurus_grpc.v1 import chat_pb2, sampling_pb2, usage_pb2
 from rest_shim.anthropic import answer, convert, listing, schema
 from rest_shim.bodies import validate
-from rest_shim.errors import Refusal
+from rest_shim.errors import Refusal, anthropic_body
 
 from ..scripted_core import model, response
 
@@ -19,9 +19,12 @@ TOOL = {"name": "get_weather", "description": "w", "input_schema": {"type": "obj
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
 
 
+def parsed(**fields: object) -> schema.MessagesBody:
+    return validate(schema.MessagesBody, {"model": "m", "max_tokens": 10, "messages": [HI], **fields})
+
+
 def request(**fields: object) -> chat_pb2.ChatRequest:
-    body = {"model": "m", "max_tokens": 10, "messages": [HI], **fields}
-    return convert.chat_request(validate(schema.MessagesBody, body))
+    return convert.chat_request(parsed(**fields))
 
 
 def refused(**fields: object) -> Refusal:
@@ -198,10 +201,10 @@ def test_output_formats() -> None:
         ({"messages": [{"role": "user", "content": ""}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": [{"type": "x"}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "x"}]}]}, "messages[0].content[0].type"),
         (
             {"messages": [{"role": "user", "content": [{"type": "server_tool_use"}]}]},
-            "messages[0].content[0]",
+            "messages[0].content[0].type",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}]},
@@ -252,7 +255,8 @@ def test_refusals_name_the_place(fields: dict[str, object], param: str) -> None:
     refusal = refused(**fields)
     assert refusal.param == param
     # Anthropic's error object has no field for it.
-    assert param in refusal.message or refusal.message.endswith(".")
+    said = anthropic_body(refusal, "req_1")["error"]["message"]  # type: ignore[index]  # JSON
+    assert said.startswith(param.replace("[", ".").replace("]", "") + ": ")
 
 
 def test_server_tools_are_named() -> None:
@@ -263,17 +267,45 @@ def test_server_tools_are_named() -> None:
 @pytest.mark.parametrize(
     ("field", "path"),
     [
-        ("messages[3].content", "messages"),
+        ("messages[0].content[0].text", "system"),
+        ("messages[1].content[0].text", "messages[0].content[0].text"),
+        ("messages[1].content[1].image", "messages[0].content[1]"),
+        # The second message's text, which the first one's tool result keeps apart.
+        ("messages[2].tool_call_id", "messages[0].content[2].tool_use_id"),
+        ("messages[2].content[0].text", "messages[0].content[2].content[0].text"),
+        ("messages[3].content[0].text", "messages[1].content[1].text"),
+        ("messages[4].content[0]", "messages[2].content[0].text"),
+        ("messages[4].tool_calls[0].function.name", "messages[2].content[1].name"),
+        ("messages[4].tool_calls[0].function.arguments_json", "messages[2].content[1].input"),
+        ("messages[4].role", "messages[2].role"),
+        ("messages[9].role", "messages[9].role"),
+        ("messages", "messages"),
         ("sampling.stop[0]", "stop_sequences[0]"),
         ("sampling.temperature", "temperature"),
         ("tools[1].function.parameters_json", "tools[1].input_schema"),
+        ("tools[1].function.name", "tools[1].name"),
         ("max_reasoning_tokens", "thinking.budget_tokens"),
         ("response_format.json_schema.schema_json", "output_config.format.schema"),
         ("model", "model"),
     ],
 )
 def test_paths(field: str, path: str) -> None:
-    assert convert.json_path(field) == path
+    image = {"type": "base64", "media_type": "image/png", "data": "aGk="}
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "11 C"}
+    body = parsed(
+        system="Be brief.",
+        messages=[
+            {"role": "user", "content": [
+                {"type": "text", "text": "a"}, {"type": "image", "source": image}, result,
+            ]},
+            {"role": "user", "content": [{"type": "text", "text": ""}, {"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": [
+                {"type": "text", "text": "c"},
+                {"type": "tool_use", "id": "toolu_2", "name": "f", "input": {}},
+            ]},
+        ],
+    )  # fmt: skip
+    assert convert.json_path(body, field) == path
 
 
 def message(whole: chat_pb2.ChatResponse, *, shows: bool = True, omits: bool = False) -> dict[str, object]:

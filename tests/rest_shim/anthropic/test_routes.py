@@ -228,7 +228,10 @@ class TestErrors:
         with pytest.raises(raised) as caught:
             await client.messages.create(model=MODEL, max_tokens=5, messages=HI)
         assert isinstance(caught.value.body, dict)
-        assert caught.value.body["error"] == {"type": kind, "message": "no"}
+        # By these words, coding agents know that they have to shorten the conversation.
+        is_long = reason == "CONTEXT_LENGTH_EXCEEDED"
+        text = "prompt is too long: ? tokens > ? maximum" if is_long else "no"
+        assert caught.value.body["error"] == {"type": kind, "message": text}
         assert caught.value.request_id == caught.value.body["request_id"]
 
     async def test_the_sdk_tries_again_after_the_time_it_is_told(self, shim: str, core: ScriptedCore) -> None:

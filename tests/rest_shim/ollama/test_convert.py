@@ -85,7 +85,7 @@ def test_num_ctx_bounds_the_context() -> None:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs must be between 0 and 20"),
         ({"logprobs": True, "top_logprobs": -1}, "top_logprobs must be between 0 and 20"),
         ({"keep_alive": "abc"}, 'time: invalid duration "abc"'),
-        ({"keep_alive": "10"}, 'time: invalid duration "10"'),
+        ({"keep_alive": "10 m"}, 'time: invalid duration "10 m"'),
         (
             {"think": "ultra"},
             'invalid think value: "ultra" (must be "high", "medium", "low", "max", true, or false)',
@@ -144,7 +144,8 @@ def test_the_field_that_is_wrong_is_named(fields: dict[str, object], param: str)
     [
         ("10m", 600), ("1h30m", 5400), ("300ms", 0.3), ("-1s", -1), ("+2s", 2), ("0", 0), ("1.5h", 5400),
         (".5s", 0.5), ("5.s", 5), ("1µs", 1e-6), ("1us", 1e-6), ("2ns", 2e-9), ("-1h1m", -3660),
-        ("", None), ("abc", None), ("10", None), ("1 s", None), ("s", None), ("1d", None), (".s", None),
+        ("10", 10), ("-1", -1), ("-", None),
+        ("", None), ("abc", None), ("1 s", None), ("s", None), ("1d", None), (".s", None),
         ("1e3s", None), ("--1s", None), ("٣s", None), ("1" * 64 + "h", None),
         # With a pattern that backtracks this one takes days.
         ("1" * 10_000_000, None),
@@ -302,3 +303,34 @@ def test_any_json_gives_a_request_or_a_refusal(fields: dict[str, object]) -> Non
         assert refusal.param  # noqa: PT017 - either outcome is right
     else:
         assert made.SerializeToString() is not None
+
+
+@pytest.mark.parametrize(
+    ("field", "path"),
+    [
+        ("model", "model"),
+        ("sampling.temperature", "options.temperature"),
+        ("sampling.max_tokens", "options.num_predict"),
+        ("sampling.stop[2]", "options.stop[2]"),
+        ("max_context_tokens", "options.num_ctx"),
+        ("messages[1].content[2].image", "messages[1].images"),
+        ("messages[1].content[0].text", "messages[1].content"),
+        ("messages[1].tool_calls[0].function.name", "messages[1].tool_calls[0].function.name"),
+        ("messages[1].tool_call_id", "messages[1].tool_call_id"),
+        ("tools[0].function.parameters_json", "tools[0].function.parameters"),
+        ("response_format.json_schema.schema_json", "format"),
+        ("keep_alive", "keep_alive"),
+        ("inputs[3]", "input[3]"),
+    ],
+)
+def test_paths(field: str, path: str) -> None:
+    assert convert.json_path(field) == path
+    if not path.startswith("messages"):
+        assert convert.prompt_path(field) == path
+
+
+def test_paths_of_a_prompt() -> None:
+    assert convert.prompt_path("messages[1].content[1].image") == "images"
+    assert convert.prompt_path("messages[0].content[0].text") == "prompt"
+    assert convert.prompt_path("context_token_ids[0]") == "context[0]"
+    assert convert.prompt_path("text") == "prompt"

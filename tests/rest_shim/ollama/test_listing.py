@@ -53,6 +53,14 @@ def test_running_models_are_the_loaded_ones_longest_first() -> None:
     assert running[0]["size"] == running[0]["size_vram"] == 1_999_999_999
 
 
+def test_a_running_model_is_listed_once_whatever_its_names() -> None:
+    second = model("second", is_loaded=True)
+    second.alias_of = "first"
+    running = listing.running_json([model("first", is_loaded=True), second])["models"]
+    assert isinstance(running, list)
+    assert [entry["name"] for entry in running] == ["first"]
+
+
 def test_a_model_on_the_cpu_takes_no_video_memory() -> None:
     here = model(is_loaded=True)
     here.device = "cpu"

@@ -15,7 +15,8 @@ from osaurus_grpc.v1 import chat_pb2, completion_pb2, sampling_pb2, usage_pb2
 from rest_shim.bodies import validate
 from rest_shim.errors import Refusal
 from rest_shim.openai import completions
-from rest_shim.openai.completion_stream import PARALLEL_PROMPTS, CompletionEncoder
+from rest_shim.openai.completion_stream import PARALLEL_PROMPTS, CompletionEncoder, PlacedEvent
+from rest_shim.openai.legacy_logprobs import LegacyLogprobs
 from rest_shim.openai.prompts import MAX_TEXTS
 
 from ..scripted_core import FINGERPRINT, MODEL, ScriptedCore, abort
@@ -43,6 +44,15 @@ def token(text: bytes, logprob: float) -> sampling_pb2.TokenLogprob:
 def chosen(text: bytes, *others: bytes) -> sampling_pb2.ChosenTokenLogprob:
     top = [token(other, -1.0 - place) for place, other in enumerate(others)]
     return sampling_pb2.ChosenTokenLogprob(chosen=token(text, -0.5), top=top)
+
+
+def scored(*texts: bytes) -> list[sampling_pb2.PromptTokenLogprob]:
+    """Tokens of a prompt."""
+    rest = [
+        sampling_pb2.PromptTokenLogprob(token=text, logprob=-0.5, top=[token(text, -0.5)]) for text in texts
+    ]
+    rest[0] = sampling_pb2.PromptTokenLogprob(token=texts[0])
+    return rest
 
 
 def test_a_plain_request_leaves_every_setting_but_the_length_to_the_core() -> None:
@@ -91,6 +101,10 @@ def test_other_fields() -> None:
     )
     assert requests(logprobs=0)[0].sampling.HasField("top_logprobs")
     assert requests(logprobs=5)[0].sampling.top_logprobs == 5
+    assert not requests(logprobs=5)[0].HasField("prompt_logprobs")
+    (echoed,) = requests(logprobs=2, echo=True, max_tokens=0)
+    assert (echoed.prompt_logprobs, echoed.sampling.top_logprobs) == (2, 2)
+    assert echoed.sampling.HasField("max_tokens")
     assert requests(suffix="", echo=None, n=None, best_of=None, max_tokens=None, stop=None) == requests()
 
 
@@ -102,16 +116,16 @@ def test_other_fields() -> None:
         ({"prompt": 1}, "prompt"),
         ({"prompt": {}}, "prompt"),
         ({"prompt": []}, "prompt"),
-        ({"prompt": [[]]}, "prompt"),
-        ({"prompt": [True]}, "prompt"),
-        ({"prompt": [1, "a"]}, "prompt"),
-        ({"prompt": ["a", 1]}, "prompt"),
-        ({"prompt": ["a", [1]]}, "prompt"),
-        ({"prompt": [[1], [2.5]]}, "prompt"),
-        ({"prompt": [-1]}, "prompt"),
-        ({"prompt": [2**31]}, "prompt"),
-        ({"prompt": [1e300]}, "prompt"),
-        ({"prompt": [[[1]]]}, "prompt"),
+        ({"prompt": [[]]}, "prompt[0]"),
+        ({"prompt": [True]}, "prompt[0]"),
+        ({"prompt": [1, "a"]}, "prompt[1]"),
+        ({"prompt": ["a", 1]}, "prompt[1]"),
+        ({"prompt": ["a", [1]]}, "prompt[1]"),
+        ({"prompt": [[1], [2.5]]}, "prompt[1][0]"),
+        ({"prompt": [-1]}, "prompt[0]"),
+        ({"prompt": [2**31]}, "prompt[0]"),
+        ({"prompt": [1e300]}, "prompt[0]"),
+        ({"prompt": [[[1]]]}, "prompt[0][0]"),
         ({"prompt": ["a"] * (MAX_TEXTS + 1)}, "prompt"),
         ({"prompt": ["a"] * (completions.MAX_PROMPTS + 1)}, "prompt"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -123,7 +137,6 @@ def test_other_fields() -> None:
         ({"logprobs": 6}, "logprobs"),
         ({"logprobs": -1}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
-        ({"logprobs": 1, "echo": True}, "logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"logit_bias": {"foo": 1}}, "logit_bias"),
         ({"suffix": 1}, "suffix"),
@@ -160,8 +173,9 @@ def test_field_names_of_the_core(field: str, param: str) -> None:
 
 class TestLogprobs:
     def test_the_legacy_shape(self) -> None:
-        shaped = completions.LegacyLogprobs().take([chosen(b" a", b" b"), chosen(b"cd", b"cd", b"x")])
-        assert shaped == {
+        shape = LegacyLogprobs()
+        shape.take([chosen(b" a", b" b"), chosen(b"cd", b"cd", b"x")])
+        assert shape.told() == {
             "tokens": [" a", "cd"],
             "token_logprobs": [-0.5, -0.5],
             "top_logprobs": [{" b": -1.0, " a": -0.5}, {"cd": -0.5, "x": -2.0}],
@@ -169,10 +183,35 @@ class TestLogprobs:
         }
 
     def test_offsets_go_on_and_count_whole_characters(self) -> None:
-        shape = completions.LegacyLogprobs()
-        first = shape.take([chosen(b"\xe2\x82"), chosen(b"\xac!")])
+        shape = LegacyLogprobs()
+        shape.take([chosen(b"\xe2\x82"), chosen(b"\xac!")])
+        first = shape.told()
         assert (first["tokens"], first["text_offset"]) == (["bytes:\\xe2\\x82", "bytes:\\xac\\x21"], [0, 0])
-        assert shape.take([chosen(b"z")])["text_offset"] == [2]
+        shape.take([chosen(b"z")])
+        assert shape.told()["text_offset"] == [2]
+
+    @pytest.mark.parametrize(
+        ("tokens", "text", "offsets"),
+        [
+            ([b"Once", b" upon"], "Once upon", [0, 4, 9]),
+            # A token for the beginning, and a space that the tokenizer puts there, are not in the text.
+            ([b"<s>", b" Once", b" upon"], "Once upon", [0, 0, 4, 9]),
+            ([b"<s>"], "", [0, 0]),
+            ([b"\xe2\x82", b"\xac", b"!"], "\u20ac!", [0, 0, 1, 2]),
+        ],
+    )
+    def test_a_prompt_that_is_echoed(self, tokens: list[bytes], text: str, offsets: list[int]) -> None:
+        shape = LegacyLogprobs()
+        shape.take_prompt(scored(*tokens), text + " a")
+        shape.take([chosen(b" a")])
+        told = shape.told()
+        assert told["text_offset"] == offsets
+        # The first token has nothing before it.
+        assert told["token_logprobs"] == [None, *[-0.5] * len(tokens)]
+        tops = told["top_logprobs"]
+        assert isinstance(tops, list)
+        assert tops[0] is None
+        assert all(tops[1:])
 
 
 def answer(
@@ -291,7 +330,7 @@ async def test_a_prompt_that_fails_fails_all(http: aiohttp.ClientSession, core: 
     async with http.post(PATH, json={"model": "m", "prompt": ["good", "bad"]}) as response:
         assert response.status == 400
         error = (await response.json())["error"]
-    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt[1]")
 
 
 def events_of(data: bytes) -> list[dict[str, object]]:
@@ -305,7 +344,7 @@ class TestStream:
         encoder = CompletionEncoder(include_usage=False, with_logprobs=False, created=7)
         finish = chat_pb2.ChoiceFinished(finish_reason=sampling_pb2.FINISH_REASON_STOP)
         frames = [
-            encoder.encode(event)
+            encoder.encode(PlacedEvent(0, event))
             for event in (
                 Event(started=chat_pb2.ChatStarted(id="cmpl-1", model="m", system_fingerprint="fp")),
                 Event(prompt_progress=chat_pb2.PromptProgress(processed_tokens=1, total_tokens=2)),
@@ -328,23 +367,40 @@ class TestStream:
         assert encoder.is_complete
 
     def test_logprobs_go_on_through_the_chunks_of_each_choice(self) -> None:
-        encoder = CompletionEncoder(include_usage=False, with_logprobs=True, created=7)
+        encoder = CompletionEncoder(include_usage=False, with_logprobs=True, created=7, choice_count=2)
         deltas = [(0, "ab"), (1, "xyz"), (0, "c"), (1, "!")]
-        data = b"".join(
-            encoder.encode(
-                Event(
-                    content=chat_pb2.ContentDelta(
-                        choice_index=index, text=text, logprobs=[chosen(text.encode())]
-                    )
-                )
-            )
+        parts = [
+            chat_pb2.ContentDelta(choice_index=index, text=text, logprobs=[chosen(text.encode())])
             for index, text in deltas
-        )
+        ]
+        data = b"".join(encoder.encode(PlacedEvent(0, Event(content=part))) for part in parts)
         # Without a started event there is no head; the choices are whole all the same.
         offsets = [
             json.loads(part.partition(b"]")[0].decode() + "]") for part in data.split(b'"text_offset":')[1:]
         ]
         assert offsets == [[0], [0], [2], [3]]
+
+    def test_a_prompts_logprobs_come_with_its_echo_for_each_choice(self) -> None:
+        encoder = CompletionEncoder(include_usage=False, with_logprobs=True, created=7, choice_count=2)
+        finish = chat_pb2.ChoiceFinished(
+            finish_reason=sampling_pb2.FINISH_REASON_STOP, end_logprob=chosen(b"</s>")
+        )
+        events = [
+            Event(started=chat_pb2.ChatStarted(id="cmpl-1", model="m")),
+            Event(prompt_logprobs=completion_pb2.PromptLogprobs(tokens=scored(b"ab", b"c"))),
+            *(Event(content=chat_pb2.ContentDelta(choice_index=index, text="abc")) for index in (0, 1)),
+            Event(content=chat_pb2.ContentDelta(choice_index=1, text="d", logprobs=[chosen(b"d")])),
+            Event(choice_finished=finish),
+        ]
+        data = b"".join(encoder.encode(PlacedEvent(3, event)) for event in events)
+        choices = [chunk["choices"][0] for chunk in events_of(data)]  # type: ignore[index]  # JSON
+        assert [(choice["index"], choice["logprobs"]["text_offset"]) for choice in choices] == [
+            (6, [0, 2]),
+            (7, [0, 2]),
+            (7, [3]),
+            (6, [3]),
+        ]
+        assert choices[-1]["logprobs"]["tokens"] == ["</s>"]
 
     @pytest.mark.parametrize("prompts", [["a"], ["a", "b", "c", "d", "e", "f"]])
     async def test_prompts_are_streamed_side_by_side(

@@ -42,7 +42,8 @@ def test_the_bytes_of_a_whole_stream() -> None:
     tail = f',"system_fingerprint":"{FINGERPRINT}"}}'
     assert frames(data) == [
         head
-        + '[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null,"logprobs":null}]'
+        + '[{"index":0,"delta":{"role":"assistant","content":"","refusal":null},'
+        + '"finish_reason":null,"logprobs":null}]'
         + tail,
         head + '[{"index":0,"delta":{"content":"I\'m"},"finish_reason":null,"logprobs":null}]' + tail,
         head + '[{"index":0,"delta":{"content":" doing"},"finish_reason":null,"logprobs":null}]' + tail,

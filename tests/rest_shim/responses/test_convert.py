@@ -11,7 +11,8 @@ from osaurus_grpc.v1 import chat_pb2, sampling_pb2
 from rest_shim.bodies import validate
 from rest_shim.errors import Refusal
 from rest_shim.responses import convert
-from rest_shim.responses.items import STORED_ITEMS, listed
+from rest_shim.responses.conversation import HISTORY, Conversation, conversation
+from rest_shim.responses.items import STORED_ITEMS, Ids, listed
 from rest_shim.responses.schema import ResponseBody
 
 PNG = b"\x89PNG\r\n\x1a\n data"
@@ -25,15 +26,15 @@ def body(**fields: object) -> ResponseBody:
     return validate(ResponseBody, {"model": "m", "input": "Hello", **fields})
 
 
-def talk(given: object, history: list[object] | None = None, **fields: object) -> convert.Conversation:
+def talk(given: object, history: list[object] | None = None, **fields: object) -> Conversation:
     earlier = STORED_ITEMS.validate_python(history or [])
-    return convert.conversation(body(input=given, **fields), earlier, {item.id: item for item in earlier})
+    return conversation(body(input=given, **fields), earlier, {item.id: item for item in earlier})
 
 
 def request(**fields: object) -> chat_pb2.ChatRequest:
     made = body(**fields)
     convert.check(made)
-    return convert.chat_request(made, convert.conversation(made, (), {}))
+    return convert.chat_request(made, conversation(made, (), {}))
 
 
 def message(role: str, *texts: str, **fields: object) -> chat_pb2.Message:
@@ -173,7 +174,12 @@ class TestConversations:
             message("assistant", "d", reasoning="in short"),
             message("assistant", "e"),
         ]
-        assert made.origins[:4] == ["input[0]", "input[1]", "input[5]", "input[6]"]
+        assert [origin[""] for origin in made.origins[:4]] == ["input[0]", "input[1]", "input[5]", "input[6]"]
+        assert made.json_path("messages[1].content[0].image") == "input[2].content[0].image_url"
+        assert made.json_path("messages[1].tool_calls[1].function.name") == "input[4].name"
+        assert made.json_path("messages[1].tool_calls[0].function.arguments_json") == "input[3].arguments"
+        assert made.json_path("messages[3].tool_call_id") == "input[6].call_id"
+        assert made.json_path("messages[5].content") == "input[8].output"
 
     def test_reasoning_that_led_to_nothing_is_dropped(self) -> None:
         thought = {"type": "reasoning", "summary": [], "content": [{"type": "text", "text": "hm"}]}
@@ -187,7 +193,7 @@ class TestConversations:
         ]
         made = talk("c", earlier, instructions="Be brief.")
         assert [one.content[0].text for one in made.messages] == ["Be brief.", "a", "b", "c"]
-        assert made.origins == ["instructions", convert.HISTORY, convert.HISTORY, "input[0]"]
+        assert [origin[""] for origin in made.origins] == ["instructions", HISTORY, HISTORY, "input[0]"]
 
     def test_a_reference_stands_for_its_item(self) -> None:
         earlier: list[object] = [{"type": "message", "id": "msg_1", "role": "user", "content": "a"}]
@@ -201,7 +207,7 @@ class TestConversations:
         ("field", "param"),
         [
             ("messages", "input"),
-            ("messages[0].content", "instructions.content"),
+            ("messages[0].content", "instructions"),
             ("messages[1].content", "previous_response_id"),
             ("messages[2].content[1].image", "input[0].content[1].image_url"),
             ("messages[99]", "input"),
@@ -231,12 +237,12 @@ class TestConversations:
         ({"input": {"role": "user"}}, "input"),
         ({"input": [1]}, "input[0]"),
         ({"input": [{}]}, "input[0]"),
-        ({"input": [{"type": "web_search_call", "id": "ws_1"}]}, "input[0]"),
-        ({"input": [{"type": []}]}, "input[0]"),
+        ({"input": [{"type": "web_search_call", "id": "ws_1"}]}, "input[0].type"),
+        ({"input": [{"type": []}]}, "input[0].type"),
         ({"input": [{"role": "alien", "content": "x"}]}, "input[0].role"),
         ({"input": [{"role": "user"}]}, "input[0].content"),
         ({"input": [{"role": "user", "content": 1}]}, "input[0].content"),
-        ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input[0].content[0]"),
+        ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input[0].content[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0].text"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x/y"}]}]},
@@ -272,6 +278,9 @@ class TestConversations:
         ({"truncation": "sometimes"}, "truncation"),
         ({"metadata": {"a": 1}}, "metadata.a"),
         ({"metadata": {str(index): "" for index in range(17)}}, "metadata"),
+        ({"metadata": {"a" * 65: "b"}}, "metadata." + "a" * 64 + "..."),
+        ({"metadata": {"a": "b" * 513}}, "metadata.a"),
+        ({"include": ["message.output_text.logprobs", "everything"]}, "include[1]"),
         ({"top_logprobs": 21}, "top_logprobs"),
         ({"previous_response_id": 1}, "previous_response_id"),
     ],
@@ -312,6 +321,6 @@ def test_what_is_stored_reads_back_as_the_same_conversation() -> None:
         {"type": "function_call_output", "call_id": "c1", "output": []},
         {"role": "user", "content": [{"type": "input_image", "image_url": PNG_URL}]},
     ]
-    stored = list(listed(body(input=given).input or ()))
+    stored = list(listed(body(input=given).input or (), Ids()))
     assert all(str(item["id"]).split("_")[0] in {"msg", "fc", "rs"} for item in stored)
     assert talk("end", list(stored)).messages == talk([*given, {"role": "user", "content": "end"}]).messages

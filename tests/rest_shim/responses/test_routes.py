@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import aiohttp
 import grpc
@@ -26,6 +27,12 @@ async def create(http: aiohttp.ClientSession, given: object, **fields: object) -
 async def error_of(response: aiohttp.ClientResponse) -> tuple[int, str, str | None]:
     error = (await response.json())["error"]
     return response.status, error["code"], error["param"]
+
+
+def last_event(data: str) -> Any:
+    *_, last, done, nothing = data.split("\n\n")
+    assert (done, nothing) == ("data: [DONE]", "")
+    return json.loads(last.split("data: ")[1])
 
 
 def texts_of(core: ScriptedCore) -> list[str]:
@@ -151,8 +158,7 @@ class TestStream:
         async with http.post(PATH, json={"model": MODEL, "input": "Hello", "stream": True}) as response:
             assert response.headers["Content-Type"] == "text/event-stream"
             data = (await response.read()).decode()
-        assert "[DONE]" not in data
-        last = json.loads(data.split("\n\n")[-2].split("data: ")[1])
+        last = last_event(data)
         assert last["type"] == "response.completed"
         async with http.get(f"{PATH}/{last['response']['id']}") as stored:
             assert await stored.json() == last["response"]
@@ -185,7 +191,7 @@ class TestStream:
         core.stream_script = script
         async with http.post(PATH, json={"model": MODEL, "input": "Hello", "stream": True}) as response:
             data = (await response.read()).decode()
-        last = json.loads(data.split("\n\n")[-2].split("data: ")[1])
+        last = last_event(data)
         assert last["type"] == "response.failed"
         assert last["response"]["error"] == {"code": "server_error", "message": "The engine failed."}
         assert not core.records
@@ -206,7 +212,7 @@ async def test_an_answer_survives_a_record_that_cannot_be_kept(
     assert made["store"] is False
     async with http.post(PATH, json={"model": MODEL, "input": "Hello", "stream": True}) as response:
         data = (await response.read()).decode()
-    assert json.loads(data.split("\n\n")[-2].split("data: ")[1])["response"]["store"] is False
+    assert last_event(data)["response"]["store"] is False
 
 
 async def test_methods(http: aiohttp.ClientSession) -> None:
@@ -218,3 +224,35 @@ async def test_methods(http: aiohttp.ClientSession) -> None:
         assert "DELETE" in response.headers["Access-Control-Allow-Methods"]
     async with http.get(f"{PATH}/resp_1", params={"stream": "true"}) as response:
         assert await error_of(response) == (400, "invalid_request", "stream")
+    async with http.get(f"{PATH}/resp_1", params={"starting_after": "3"}) as response:
+        assert await error_of(response) == (400, "invalid_request", "starting_after")
+    async with http.post(f"{PATH}/compact", json={"model": MODEL}) as response:
+        assert await error_of(response) == (501, "not_implemented", None)
+
+
+async def test_an_item_of_any_kept_response_may_be_referred_to(
+    http: aiohttp.ClientSession, core: ScriptedCore
+) -> None:
+    """As clients do that keep the items' ids and no conversation."""
+    said = "I'm doing well, thank you! How can I help you today?"
+    first, second = await create(http, "one"), await create(http, "two")
+    async with http.get(f"{PATH}/{first['id']}/input_items") as response:
+        own = (await response.json())["data"][0]["id"]
+    outputs = [made["output"][0]["id"] for made in (first, second)]  # type: ignore[index]  # JSON
+    named = [{"type": "item_reference", "id": item_id} for item_id in (own, *outputs)]
+    made = await create(http, [*named, {"role": "user", "content": "three"}])
+    assert texts_of(core) == ["one", said, said, "three"]
+    async with http.get(f"{PATH}/{made['id']}/input_items", params={"order": "asc"}) as response:
+        shown = (await response.json())["data"]
+    assert [item["id"] for item in shown[:3]] == [own, *outputs]
+    unknown = {"type": "item_reference", "id": f"msg_{'0' * 32}0001"}
+    async with http.post(PATH, json={"model": MODEL, "input": [named[0], unknown]}) as response:
+        assert await error_of(response) == (400, "invalid_request", "input[1].id")
+
+
+async def test_cancelling(http: aiohttp.ClientSession) -> None:
+    made = await create(http, "Hello")
+    async with http.post(f"{PATH}/{made['id']}/cancel") as response:
+        assert await error_of(response) == (400, "invalid_request", "id")
+    async with http.post(f"{PATH}/resp_unknown/cancel") as response:
+        assert (await error_of(response))[:2] == (404, "not_found")

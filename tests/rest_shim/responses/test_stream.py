@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from osaurus_grpc.v1 import chat_pb2, sampling_pb2
 from rest_shim.bodies import validate
 from rest_shim.errors import Refusal
+from rest_shim.responses.items import Ids
 from rest_shim.responses.resource import Draft, output_items
 from rest_shim.responses.schema import ResponseBody
 from rest_shim.responses.stream import ResponseEncoder
@@ -48,7 +49,7 @@ def encoder(**fields: object) -> ResponseEncoder:
 def parsed(data: bytes) -> list[Event]:
     """The events of a stream, each checked against both descriptions of them."""
     events = []
-    for frame in data.decode("ascii").split("\n\n")[:-1]:
+    for frame in data.decode("ascii").removesuffix("data: [DONE]\n\n").split("\n\n")[:-1]:
         name, line = frame.split("\n")
         event = json.loads(line.removeprefix("data: "))
         assert name == f"event: {event['type']}"
@@ -64,6 +65,7 @@ def run(*events: chat_pb2.ChatStreamResponse, made: ResponseEncoder | None = Non
     made = made or encoder()
     data = b"".join(made.encode(event) for event in (started("tiny"), *events))
     assert made.is_complete
+    assert data.endswith(b"\n\ndata: [DONE]\n\n")
     return parsed(data)
 
 
@@ -170,8 +172,9 @@ def test_a_failure() -> None:
     made = encoder()
     data = made.encode(started()) + made.encode(content("a"))
     data += made.failure(Refusal(500, "It failed.", kind="server_error", code="internal_server_error"))
-    last = parsed(data)[-1]
-    assert last["type"] == "response.failed"
+    assert data.endswith(b"\n\ndata: [DONE]\n\n")
+    *_, error, last = parsed(data)
+    assert (error["type"], error["message"], last["type"]) == ("error", "It failed.", "response.failed")
     response = last["response"]
     assert isinstance(response, dict)
     assert response["status"] == "failed"
@@ -258,5 +261,5 @@ def test_the_streamed_and_the_whole_answer_agree(
         ],
     )
     choice = chat_pb2.ChatChoice(message=message, finish_reason=sampling_pb2.FINISH_REASON_STOP)
-    whole = [{**item, "id": ""} for item in output_items(choice)]
+    whole = [{**item, "id": ""} for item in output_items(choice, Ids())]
     assert [{**item, "id": ""} for item in streamed] == whole
