@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import os
 import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from filelock import FileLock
@@ -22,8 +24,9 @@ from hypothesis import HealthCheck, settings
 # Set before anything imports the hub client, which reads these once. No test may see the user's
 # models, tokens or settings, nor reach the hub.
 _HOME = Path(tempfile.mkdtemp(prefix="osaurus-tests-"))
+_OURS = ("OSAURUS_TEST_", "OSAURUS_GENERATED_")  # settings of tests, not of the product
 for _name in list(os.environ):
-    if _name.startswith(("HF_", "HUGGING", "OSU_", "OSAURUS_")) and _name != "OSAURUS_TEST_CACHE":
+    if _name.startswith(("HF_", "HUGGING", "OSU_", "OSAURUS_")) and not _name.startswith(_OURS):
         del os.environ[_name]
 os.environ |= {
     "HF_HOME": str(_HOME / "huggingface"),
@@ -85,14 +88,18 @@ def minilm_dir(models_cache: Path) -> Path:
     return models_dir
 
 
+def _version(*builders: ModuleType) -> str:
+    """Other builders make another directory."""
+    sources = [Path(str(builder.__file__)).read_bytes() for builder in builders]
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
+
+
 @pytest.fixture(scope="session")
 def tiny_dir(models_cache: Path, smollm_dir: Path) -> Path:
     """A models directory that holds tiny-llama: random weights, SmolLM2's tokenizer."""
-    from tests.harness import tiny
+    from tests.harness import tiny, tiny_tokenizer
 
-    # Another builder makes another directory.
-    version = hashlib.sha256(Path(tiny.__file__).read_bytes()).hexdigest()[:12]
-    models_dir = models_cache / f"tiny-{version}"
+    models_dir = models_cache / f"tiny-{_version(tiny, tiny_tokenizer)}"
     with FileLock(models_cache / "tiny.lock", timeout=_LOCK_SECONDS):
         if not (models_dir / TINY).exists():
             models_dir.mkdir(exist_ok=True)
@@ -110,6 +117,32 @@ def tiny_core(tiny_dir: Path) -> Iterator[str]:
     from tests.harness.processes import NO_LIMITS, core_process
 
     with core_process(tiny_dir, *NO_LIMITS) as process:
+        yield process.address
+
+
+@pytest.fixture(scope="session")
+def vision_dir(models_cache: Path, smollm_dir: Path) -> Path:
+    """A models directory that holds tiny models which take images; skips without mlx-vlm."""
+    if importlib.util.find_spec("mlx_vlm") is None:
+        pytest.skip("mlx-vlm is not installed: pip install 'osaurus[vision]'")
+    from tests.harness import tiny_tokenizer, tiny_vision
+
+    models_dir = models_cache / f"vision-{_version(tiny_vision, tiny_tokenizer)}"
+    with FileLock(models_cache / "vision.lock", timeout=_LOCK_SECONDS):
+        if not models_dir.exists():
+            with tempfile.TemporaryDirectory(dir=models_cache, prefix="vision-") as scratch:
+                built = Path(scratch) / "models"
+                tiny_vision.build(built, tokenizer_from=smollm_dir / SMOLLM)
+                built.rename(models_dir)
+    return models_dir
+
+
+@pytest.fixture(scope="session")
+def vision_core(vision_dir: Path) -> Iterator[str]:
+    """Address of a core that serves models which take images, limits off."""
+    from tests.harness.processes import NO_LIMITS, core_process
+
+    with core_process(vision_dir, *NO_LIMITS, "--max-loaded-models", "3") as process:
         yield process.address
 
 
@@ -137,4 +170,13 @@ def smollm_http(smollm_core: str) -> Iterator[str]:
     from tests.harness.processes import rest_process
 
     with rest_process(smollm_core) as process:
+        yield process.url
+
+
+@pytest.fixture(scope="session")
+def vision_http(vision_core: str) -> Iterator[str]:
+    """Base URL of a shim before vision_core."""
+    from tests.harness.processes import rest_process
+
+    with rest_process(vision_core) as process:
         yield process.url

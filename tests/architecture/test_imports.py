@@ -18,11 +18,16 @@ MLX_ROOMS = {
     "osaurus_grpc.engine.prefill",
     "osaurus_grpc.engine.decoding",
     "osaurus_grpc.engine.layers",
+    "osaurus_grpc.engine.ragged_cache",
     "osaurus_grpc.engine.head",
     "osaurus_grpc.engine.sampling",
+    "osaurus_grpc.engine.logprobs",  # reads figures off the logits
+    "osaurus_grpc.engine.penalties",  # changes logits
     "osaurus_grpc.engine.prompt_cache",
+    "osaurus_grpc.engine.prefix_records",  # says what arrays its records hold
     "osaurus_grpc.engine.footprint",  # reads shapes off the model's own caches
-    "osaurus_grpc.engine.persistence",  # turns pieces into bytes and back
+    "osaurus_grpc.engine.persistence",  # evaluates what was read
+    "osaurus_grpc.engine.prefix_forms",  # turns records into bytes and back
     "osaurus_grpc.engine.cache_layout",  # takes rows out of mlx-lm's caches and puts them back
     "osaurus_grpc.engine.drafting",  # runs a draft model
     "osaurus_grpc.engine.kv_piece",  # cuts, joins and quantizes what was taken out
@@ -31,6 +36,8 @@ MLX_ROOMS = {
     "osaurus_grpc.models.cpu_kernels",
     "osaurus_grpc.models.embedding",
     "osaurus_grpc.models.platform",
+    "osaurus_grpc.models.vision.image_model",  # is a model
+    "osaurus_grpc.models.vision.image_prompt",  # puts images' embeddings between those of tokens
 }
 
 
@@ -93,7 +100,7 @@ def test_inner_rooms_know_no_transport(name):
 def test_mlx_stays_in_its_rooms(name):
     allowed = name in MLX_ROOMS or is_in(name, "osaurus_grpc.models.sources")
     for imported in imports(MODULES[name]):
-        if is_in(imported, "mlx", "mlx_lm", "osaurus_grpc.models.platform.mx"):
+        if is_in(imported, "mlx", "mlx_lm", "mlx_vlm", "osaurus_grpc.models.platform.mx"):
             assert allowed, imported
         if is_in(imported, "mlx.core"):
             assert name == "osaurus_grpc.models.platform", "the BLAS is loaded there, before MLX"
@@ -107,7 +114,7 @@ def test_the_blas_is_loaded_before_mlx(name):
     for imported in imports(MODULES[name], lazy=False):
         if is_in(imported, "osaurus_grpc.models.platform"):
             return
-        assert not is_in(imported, "mlx", "mlx_lm"), imported
+        assert not is_in(imported, "mlx", "mlx_lm", "mlx_vlm"), imported
 
 
 @pytest.mark.parametrize(
@@ -118,6 +125,16 @@ def test_every_way_in_finds_the_blas(entry):
     command = [sys.executable, "-c", code]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     assert "imported before" not in said
+
+
+def test_the_core_starts_without_what_only_images_need():
+    code = (
+        "import sys, osaurus_grpc.server.app, osaurus_grpc.models.loading, rest_shim.app; "
+        "print('mlx_vlm' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert said.strip() == "False"
 
 
 def test_there_are_no_circles():

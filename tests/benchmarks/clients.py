@@ -142,7 +142,7 @@ def measure(counts: list[int], tokens: int, rounds: int) -> dict[str, list[list[
     found: dict[str, list[list[Round]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         models_dir = Path(folder)
-        tiny.build(models_dir / _TINY, default_models_dir() / MODEL)
+        tiny.build(models_dir / _TINY, default_models_dir() / MODEL, vocab_size=None)
         flags = ("--preload-model", _TINY, "--max-batch-size", str(max(counts)))
         with core_process(models_dir, *NO_LIMITS, *flags) as core:
             for streams in counts:

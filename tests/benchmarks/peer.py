@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.benchmarks.subjects import stock_environment
+
 _START_SECONDS = 120.0
 
 
@@ -29,6 +31,7 @@ def mlx_lm_server(model_folder: Path) -> Iterator[str]:
         [sys.executable, "-m", "tests.benchmarks.peer", str(model_folder), str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        env=stock_environment(),
     )
     url = f"http://127.0.0.1:{port}"
     try:

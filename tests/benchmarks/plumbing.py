@@ -79,7 +79,7 @@ async def measure(streams: int, tokens: int) -> list[Row]:
     source = default_models_dir() / MODEL
     with tempfile.TemporaryDirectory() as folder:
         models_dir = Path(folder)
-        tiny.build(models_dir / _TINY, source)
+        tiny.build(models_dir / _TINY, source, vocab_size=None)
         flags = (*NO_LIMITS, "--preload-model", _TINY, "--max-batch-size", str(streams))
         count, seconds = await _engine(models_dir, streams, tokens)
         rows = [Row("engine", 0.0, 0.0, 1e6 * seconds / count, 0.0, 0.0)]

@@ -21,7 +21,14 @@ from typing import Any
 from tests.benchmarks import plots
 from tests.benchmarks.load import Run, Sampler, over_grpc, over_http, samplers
 from tests.benchmarks.peer import mlx_lm_server
-from tests.benchmarks.subjects import MODEL, default_models_dir, float32_copy, prompts, token_ids
+from tests.benchmarks.subjects import (
+    MODEL,
+    default_models_dir,
+    float32_copy,
+    prompts,
+    stock_environment,
+    token_ids,
+)
 from tests.harness.processes import NO_LIMITS, core_process, rest_process
 
 
@@ -61,6 +68,7 @@ class Baseline:
     def __init__(self, model_path: Path) -> None:
         self._popen = subprocess.Popen(
             [sys.executable, "-m", "tests.benchmarks.baseline", str(model_path)],
+            env=stock_environment(),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self._popen.stdout is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ def token_ids(model_path: Path, texts: list[str]) -> list[list[int]]:
         )
         for text in texts
     ]
+
+
+def stock_environment() -> dict[str, str]:
+    """This process's environment for mlx-lm by itself: with the same BLAS, without our own products."""
+    return {**os.environ, "OSAURUS_NATIVE_KERNELS": "0"}
 
 
 def default_models_dir() -> Path:

@@ -80,6 +80,14 @@ class Terminal:
         before, _, self._text = self._text.partition(wanted)
         return before + wanted
 
+    def interrupt_until(self, wanted: str) -> None:
+        """Press Ctrl-C until it answers: between the prompt and the wait for a line, one is not seen."""
+        deadline = time.monotonic() + TERMINAL_SECONDS
+        while not select.select([self._descriptor], [], [], 1)[0]:
+            assert time.monotonic() < deadline
+            self.popen.send_signal(signal.SIGINT)
+        self.read_until(wanted)
+
     def write(self, text: str) -> None:
         """Type something."""
         os.write(self._descriptor, text.encode())
@@ -129,8 +137,7 @@ def test_a_chat_in_a_terminal(models_dir: Path, home: Path) -> None:
 def test_ctrl_d_ends_a_chat(models_dir: Path, home: Path) -> None:
     with terminal(home, "run", "tiny-llama", f"--models-dir={models_dir}") as chat:
         chat.read_until(">>> ")
-        chat.popen.send_signal(signal.SIGINT)  # at the prompt it ends nothing
-        chat.read_until("/bye or Ctrl-D")
+        chat.interrupt_until("/bye or Ctrl-D")  # at the prompt it ends nothing
         chat.read_until(">>> ")
         chat.write("\x04")
         assert chat.popen.wait(60) == 0

@@ -21,7 +21,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 START_SECONDS = 120.0
-STOP_SECONDS = 30.0
+STOP_SECONDS = 90.0
 _POLL_SECONDS = 0.05
 _OUR_ENVIRONMENT = ("OSAURUS_", "OSU_")
 
@@ -144,7 +144,7 @@ def wait_for_serving(process: Process, seconds: float = START_SECONDS) -> None:
             if process.popen.poll() is not None:
                 raise ProcessFailedError(f"it ended with status {process.popen.returncode}\n{process.log()}")
             with contextlib.suppress(grpc.RpcError):
-                answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+                answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=30)
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
                     return
             time.sleep(_POLL_SECONDS)
@@ -196,7 +196,7 @@ def _wait_for_health(process: Process, seconds: float = START_SECONDS) -> None:
         if process.popen.poll() is not None:
             raise ProcessFailedError(f"it ended with status {process.popen.returncode}\n{process.log()}")
         try:
-            urllib.request.urlopen(f"{process.url}/health", timeout=5).close()  # noqa: S310 - our own http URL
+            urllib.request.urlopen(f"{process.url}/health", timeout=30).close()  # noqa: S310 - our own http URL
         except (urllib.error.URLError, TimeoutError):
             time.sleep(_POLL_SECONDS)
         else:

@@ -9,20 +9,28 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from tests.harness.tiny_tokenizer import VOCABULARY, shortened
+
 HIDDEN, LAYERS, HEADS, KV_HEADS, FEED_FORWARD = 64, 2, 4, 2, 128
 CONTEXT_LENGTH = 2048
 
 
-def build(target: Path, tokenizer_from: Path, *, context_length: int = CONTEXT_LENGTH) -> None:
+def build(
+    target: Path,
+    tokenizer_from: Path,
+    *,
+    context_length: int = CONTEXT_LENGTH,
+    vocab_size: int | None = VOCABULARY,
+) -> None:
     """Write an MLX model folder.
 
     Args:
         target: The folder to make.
         tokenizer_from: A model folder whose tokenizer and chat template are copied.
         context_length: Its max_position_embeddings.
+        vocab_size: Keep so many of the tokenizer's first tokens; None keeps all.
     """
     original = json.loads((tokenizer_from / "config.json").read_text())
-    vocab_size = int(original["vocab_size"])
     target.mkdir(parents=True, exist_ok=True)
     for path in tokenizer_from.iterdir():
         if path.name.startswith("tokenizer") or path.name in {
@@ -31,6 +39,11 @@ def build(target: Path, tokenizer_from: Path, *, context_length: int = CONTEXT_L
             "special_tokens_map.json",
         }:
             shutil.copy2(path, target / path.name)
+    if vocab_size is None:
+        vocab_size = int(original["vocab_size"])
+    else:
+        tokenizer = shortened(tokenizer_from, vocab_size)
+        (target / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],

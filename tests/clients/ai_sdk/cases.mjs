@@ -129,6 +129,21 @@ test("openai responses: a conversation that the server keeps", async () => {
   assert.ok(second.usage.inputTokens > first.usage.inputTokens);
 });
 
+test("openai responses: earlier answers by their ids", async () => {
+  const model = openai.responses(TINY);
+  const first = await generateText({ model, ...asked, maxOutputTokens: 4 });
+  const said = { role: "user", content: asked.prompt };
+  const { text, usage } = await generateText({
+    model,
+    messages: [said, ...first.response.messages, said],
+    temperature: 0,
+    maxRetries: 0,
+    maxOutputTokens: 4,
+  });
+  assert.ok(text);
+  assert.ok(usage.inputTokens > first.usage.inputTokens);
+});
+
 for (const [name, model] of Object.entries({
   "openai-compatible": compatible.textEmbeddingModel(EMBEDDING),
   openai: openai.textEmbeddingModel(EMBEDDING),

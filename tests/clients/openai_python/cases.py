@@ -160,7 +160,6 @@ def test_completions(client):
     assert echoed.choices[0].text == "one" + streamed
 
 
-@pytest.mark.xfail(reason="log-probabilities of a prompt are refused with 400", strict=True)
 def test_log_probabilities_of_a_prompt(client):
     answer = client.completions.create(model=TINY, prompt="one two", max_tokens=1, logprobs=2, echo=True)
     assert answer.choices[0].logprobs.token_logprobs[0] is None
