@@ -140,7 +140,7 @@ class Assembler:
         else:
             matched = self._take(tail, events) if tail else None
             if matched is None and self._reader is not None:
-                matched = self._dispatch(self._reader.finish(), events)
+                matched = self._dispatch(self._reader.finish(is_cut=end is AnswerEnd.LENGTH), events)
             if matched is not None:
                 return self._stopped(events, matched)
             self._flush(events)

@@ -34,7 +34,12 @@ class ChatStyle:
     shown: frozenset[int]
 
     def reader(
-        self, *, is_reasoning: bool, tools: Sequence[ToolSpec], streams_calls: bool
+        self,
+        *,
+        is_reasoning: bool,
+        tools: Sequence[ToolSpec],
+        streams_calls: bool,
+        is_forced: bool = False,
     ) -> AnswerReader | None:
         """A reader for one answer, None where an answer is nothing but content.
 
@@ -42,6 +47,7 @@ class ChatStyle:
             is_reasoning: The prompt opened the reasoning.
             tools: What may be called.
             streams_calls: As AnswerReader's.
+            is_forced: As AnswerReader's.
         """
         is_addressed = bool(self.syntax.recipient)
         if self.marks is None and not tools and not is_addressed:
@@ -52,6 +58,7 @@ class ChatStyle:
             syntax=self.syntax if tools or is_addressed else None,
             tools=ToolTable.of(tools),
             streams_calls=streams_calls,
+            is_forced=is_forced,
         )
 
 

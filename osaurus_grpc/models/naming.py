@@ -3,7 +3,8 @@
 An id is the model's basename in lower case with hyphens for spaces. Where two models share a
 basename, each is listed as org--name. A request may say the id, the full repository id, either in
 any case and with spaces for hyphens, with Ollama's ":latest", or the id without its quantization
-suffix where that names one model only. Everything here is a pure function.
+suffix where that names one model only; any of them behind Ollama's "library/". Everything here is a
+pure function.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ DEFAULT_NAMES = frozenset({"", "default"})
 MAX_PART_CHARS = 96
 
 _LATEST = ":latest"
+_LIBRARY = "library/"
 _QUANTIZATION_TOKEN = re.compile(
     r"""\d+(\.\d+)?bit | bit | b?fp?16 | fp?32 | fp8 | u?int[48] | mx ?fp[48] | nvfp4 | q\d\w*
     | dwq | awq | gptq | gguf | mlx | g\d+ | gs\d+""",
@@ -136,7 +138,13 @@ def resolve(
         if normalized(default) in DEFAULT_NAMES:
             return next(iter(models)) if len(models) == 1 else None
         return _followed(default, models, aliases)
-    return _followed(name, models, aliases) or (_followed(fallback, models, aliases) if fallback else None)
+    if found := _followed(name, models, aliases):
+        return found
+    # Where Ollama keeps what has no namespace of its own, and what its clients may write before a name.
+    short = name.strip()[len(_LIBRARY) :] if normalized(name).startswith(_LIBRARY) else ""
+    if short and (found := _followed(short, models, aliases)):
+        return found
+    return _followed(fallback, models, aliases) if fallback else None
 
 
 def _followed(name: str, models: Mapping[str, str], aliases: Mapping[str, str]) -> str | None:

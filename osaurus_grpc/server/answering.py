@@ -66,8 +66,15 @@ async def answering(
         form = grammar.constraint(_before_answer(model, style))
         # An answer is calls or has the form: its beginning tells.
         inner = form if calls is None else EitherConstraint([form, calls])
+    make_reader = partial(
+        style.reader,
+        is_reasoning=is_open,
+        tools=tools,
+        streams_calls=calls is not None,
+        is_forced=request.tool_choice.mode in _FORCED,
+    )
     return Answering(
-        make_reader=partial(style.reader, is_reasoning=is_open, tools=tools, streams_calls=calls is not None),
+        make_reader=make_reader,
         shown=style.shown,
         constraint=_gated(request, model, style, inner, is_open=is_open, has_form=has_form),
     )

@@ -13,7 +13,7 @@ from osaurus_grpc.v1 import chat_pb2, completion_pb2
 from rest_shim.backend import Backend, Caller
 from rest_shim.bodies import read_body
 from rest_shim.callers import caller_of
-from rest_shim.errors import CoreError, refusal_from_core
+from rest_shim.errors import CoreError, Refusal, refusal_from_core
 from rest_shim.openai import completions, convert, embeddings, schema
 from rest_shim.openai.completion_stream import PARALLEL_PROMPTS, CompletionEncoder, alone, side_by_side
 from rest_shim.openai.completions import CompletionBody
@@ -52,6 +52,9 @@ class OpenAIRoutes:
     async def get_model(self, request: web.Request) -> web.StreamResponse:
         """GET /models/{id}."""
         name = request.match_info["id"].rstrip("/")
+        if not name.strip():
+            # To the core, no name is the default model's.
+            raise Refusal(404, "The path names no model.", code="model_not_found", param="model")
         return json_response(convert.model_json(await self._backend.get_model(name, caller_of(request))))
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:

@@ -205,6 +205,12 @@ def test_paths_that_reach_for_files(client: httpx.Client, path: str, name: str) 
     assert "root:" not in answer.text
 
 
+@pytest.mark.parametrize("path", ["/v1/models//", "/v1/models/%20"])
+def test_a_path_without_a_models_name(client: httpx.Client, path: str) -> None:
+    answer = client.get(path)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
 def test_a_compressed_body_is_bounded_by_what_it_unfolds_to(client: httpx.Client) -> None:
     headers = {"Content-Encoding": "gzip"}
     small = client.post(CHAT, content=gzip.compress(json.dumps(BASE).encode()), headers=headers)

@@ -133,6 +133,16 @@ def test_default_means_the_configured_or_the_only_model() -> None:
     assert resolve("Default:latest", listed("org/a")) == "a"
 
 
+def test_a_name_may_stand_in_ollamas_library() -> None:
+    models = listed("org/a", "library/b")
+    aliases = {"fast": "a"}
+    assert resolve("library/a", models) == resolve("Library/A:latest", models) == "a"
+    assert resolve("library/b", models) == "b"
+    assert resolve("library/fast", models, aliases=aliases) == "a"
+    assert resolve("library/", models, default="a") is None
+    assert resolve("library/c", models) is None
+
+
 def test_aliases_and_fallback() -> None:
     models = listed("org/a", "org/b")
     aliases = {"GPT-4o mini": "fast", "fast": "org/a", "x": "y", "y": "x", "b": "a"}

@@ -40,7 +40,7 @@ def request(mode: chat_pb2.ToolChoiceMode.ValueType, *, schema: object = SCHEMA,
 
 def require_calls(choice: chat_pb2.ChatChoice) -> None:
     assert choice.finish_reason == sampling_pb2.FINISH_REASON_TOOL_CALLS
-    assert not choice.message.content
+    assert not "".join(part.text for part in choice.message.content)
     assert choice.message.tool_calls
     for call in choice.message.tool_calls:
         assert len(call.id) == 29
@@ -97,10 +97,13 @@ async def test_calls_share_a_batch_with_free_answers(inference: Any) -> None:
         assert answer.choices[0].message == alone.choices[0].message
 
 
-async def test_a_call_that_is_cut_off_says_so(inference: Any) -> None:
-    answer = await inference.Chat(request(FUNCTION, max_tokens=18))
+@pytest.mark.parametrize("max_tokens", [1, 2, 4, 8, 18])
+async def test_a_call_that_is_cut_off_says_so(inference: Any, max_tokens: int) -> None:
+    """What came of its name and its marks is no text of the answer's."""
+    (choice,) = (await inference.Chat(request(FUNCTION, max_tokens=max_tokens))).choices
 
-    assert answer.choices[0].finish_reason == sampling_pb2.FINISH_REASON_LENGTH
+    assert choice.finish_reason == sampling_pb2.FINISH_REASON_LENGTH
+    assert not "".join(part.text for part in choice.message.content)
 
 
 async def test_a_schema_that_cannot_be_enforced_is_named(inference: Any) -> None:

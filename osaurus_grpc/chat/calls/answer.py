@@ -32,6 +32,7 @@ class AnswerReader:
             around answers without calls.
         tools: What may be called.
         streams_calls: Calls are held to a grammar, so that their parts may go out as they come.
+        is_forced: The answer is held to be calls and nothing else, so that there is no content.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class AnswerReader:
         syntax: CallSyntax | None = None,
         tools: ToolTable | None = None,
         streams_calls: bool = False,
+        is_forced: bool = False,
     ) -> None:
         self._source = Source()
         self._out: list[Piece] = []
@@ -50,6 +52,7 @@ class AnswerReader:
         self._syntax = syntax if tools else None
         self._tools = tools or ToolTable({}, {})
         self._streams = streams_calls
+        self._is_forced = is_forced
         self._recipient = f"{syntax.recipient}\n" if syntax and syntax.recipient else ""
         # Marks around the answer or its calls, which are no part of it.
         self._dropped = (*(syntax.around if syntax else ()), *(marks.parts if marks else ()))
@@ -63,10 +66,15 @@ class AnswerReader:
             self._resume()
         return self._taken()
 
-    def finish(self) -> list[Piece]:
-        """The answer has ended; returns the rest."""
+    def finish(self, *, is_cut: bool = False) -> list[Piece]:
+        """The answer has ended; returns the rest.
+
+        Args:
+            is_cut: It would have gone on, so that marks at its end may lack what they were for.
+        """
         if self._reading is not None:
             self._source.is_final = True
+            self._source.is_cut = is_cut
             self._resume()
         return self._taken()
 
@@ -143,7 +151,8 @@ class AnswerReader:
                 is_read = yield from bare.listed(syntax)
             else:
                 is_read = yield from bare.objects(streams=self._streams and syntax.opens_bare)
-        if not is_read:
+        is_held = syntax.opens_bare and source.text[start:].lstrip(_SPACE).startswith("{")
+        if not is_read and not (is_held and self._is_cut_call):
             source.position = start
 
     def _content(self, reader: CallReader, syntax: CallSyntax) -> Reading[None]:
@@ -193,7 +202,7 @@ class AnswerReader:
                     self._put(PieceKind.CONTENT, start, source.position)
                 return
             if not (yield from source.has_more()):
-                if not count:
+                if not count and not self._is_cut_call:
                     self._put(PieceKind.CONTENT, start, source.position)
                 return
             writer = self._writer()
@@ -208,6 +217,9 @@ class AnswerReader:
     def _broken(self, writer: CallWriter, start: int) -> None:
         """What did not become a call is content."""
         source = self._source
+        if self._is_cut_call:
+            source.position = len(source.text)
+            return
         if writer.is_out:
             return
         source.position = max(source.position, start)
@@ -264,8 +276,16 @@ class AnswerReader:
                 source.forget()
             yield
 
+    @property
+    def _is_cut_call(self) -> bool:
+        """Whether what began as a call, and is none, lacks its end only."""
+        return self._streams and self._source.is_cut
+
     def _put(self, kind: PieceKind, start: int, end: int) -> None:
         source = self._source
+        if self._is_forced and source.is_cut and kind is PieceKind.CONTENT:
+            # The beginning of a call whose name did not come any more.
+            return
         if end > start:
             self._out.append(Piece(kind, source.text[start:end], source.base + start, source.base + end))
 

@@ -59,6 +59,8 @@ class HarmonyReader:
             header = yield from source.until(["<|message|>"], _MAX_HEADER_CHARACTERS)
             if header is None:
                 source.position = len(source.text) if source.is_final else source.position + 1
+                if source.is_cut:
+                    return
                 self._put(PieceKind.CONTENT, start, source.position)
                 continue
             if not (yield from self._call(header[0], start)):

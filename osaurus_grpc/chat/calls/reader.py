@@ -79,7 +79,8 @@ class CallReader:
                 case _ as unreachable:
                     assert_never(unreachable)
         if is_whole:
-            yield from self._passes(self._syntax.call_close)
+            if not (yield from self._passes(self._syntax.call_close)):
+                self._drops_cut(self._syntax.call_close)
             writer.end()
         return is_whole
 
@@ -102,6 +103,13 @@ class CallReader:
                 self._source.position = start
                 return False
         return True
+
+    def _drops_cut(self, marks: str) -> None:
+        """Passes over the beginning of marks that the answer's end cut off."""
+        source = self._source
+        rest = "".join(source.text[source.position :].split())
+        if source.is_cut and "".join(marks.split()).startswith(rest):
+            source.position = len(source.text)
 
     def _named_json(self, body: NamedJson, writer: CallWriter) -> Reading[bool]:
         source = self._source

@@ -25,6 +25,7 @@ class Source:
         position: Where reading goes on, in text.
         base: Offset of text in the whole answer, in characters.
         is_final: Nothing more will come.
+        is_cut: The answer was cut off there.
     """
 
     def __init__(self) -> None:
@@ -32,6 +33,7 @@ class Source:
         self.position = 0
         self.base = 0
         self.is_final = False
+        self.is_cut = False
 
     @property
     def offset(self) -> int:

@@ -31,12 +31,19 @@ def read(
     marks: ThinkMarks | None = THINK,
     is_reasoning: bool = False,
     streams: bool = False,
+    is_forced: bool = False,
+    is_cut: bool = False,
 ) -> Answer:
     """Reasoning, content, calls and the number of whole calls; checks that pieces lie in order."""
     reader = AnswerReader(
-        marks=marks, is_reasoning=is_reasoning, syntax=syntax, tools=TOOLS, streams_calls=streams
+        marks=marks,
+        is_reasoning=is_reasoning,
+        syntax=syntax,
+        tools=TOOLS,
+        streams_calls=streams,
+        is_forced=is_forced,
     )
-    pieces = [piece for chunk in chunks for piece in reader.feed(chunk)] + reader.finish()
+    pieces = [piece for chunk in chunks for piece in reader.feed(chunk)] + reader.finish(is_cut=is_cut)
     reasoning = content = ""
     calls: list[tuple[str, str]] = []
     whole = end = 0
@@ -201,6 +208,44 @@ def test_reasoning_that_the_prompt_opened() -> None:
 def test_a_streamed_call_that_is_cut_off_keeps_what_came() -> None:
     text = '<tool_call>\n{"name": "f", "arguments": {"a": "b'
     assert read(list(text), streams=True) == ("", "", [("f", '{"a": "b')], 0)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "marks", "call"),
+    [
+        (families.HERMES, THINK, CALL),
+        (families.LLAMA, None, '{"name": "f", "parameters": {"a": "b"}}'),
+        (
+            families.QWEN3_CODER,
+            None,
+            "<tool_call>\n<function=f>\n<parameter=a>\nb\n</parameter>\n</function>",
+        ),
+        (families.MISTRAL, None, '[TOOL_CALLS]f[ARGS]{"a": "b"}'),
+        (families.PYTHONIC, None, '[f(a="b")]'),
+        (families.GLM, THINK, "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>b</arg_value>\n</tool_call>"),
+        (families.HARMONY, HARMONY, '<|channel|>commentary to=functions.f<|message|>{"a": 1}<|call|>'),
+    ],
+)
+def test_no_mark_of_a_call_that_was_cut_off_becomes_content(
+    syntax: CallSyntax, marks: ThinkMarks | None, call: str
+) -> None:
+    for end in range(1, len(call)):
+        _, content, calls, _ = read(
+            list(call[:end]), syntax=syntax, marks=marks, streams=True, is_forced=True, is_cut=True
+        )
+        assert not content
+        assert [name for name, _ in calls] in ([], ["f"])
+    # A model that is free to call may have meant no more than the beginning of a mark; not so a whole one.
+    marked = next((mark for mark in syntax.marks if call.startswith(mark)), None)
+    if marked and marks is not HARMONY:
+        for end in range(len(marked), len(call)):
+            text = f"Yes. {call[:end]}"
+            assert read(list(text), syntax=syntax, marks=marks, streams=True, is_cut=True)[1] == "Yes."
+
+
+def test_what_began_like_a_call_is_content_where_the_answer_ended_by_itself() -> None:
+    assert read(list("It is <tool_call>"), streams=True)[1] == "It is <tool_call>"
+    assert read(list("It is <tool_call>"), is_cut=True)[1] == "It is <tool_call>"
 
 
 @pytest.mark.parametrize(
