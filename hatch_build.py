@@ -18,10 +18,10 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 _FOLDER = "osaurus_grpc/models/native"
-_SOURCES = ("gemm.c", "attention.c", "threads.c")
+_SOURCES = ("gemm.c", "numbers.c", "attention.c", "threads.c")
 _LIBRARY = f"{_FOLDER}/libosaurus_native.so"
 # The instructions are named rather than taken from this processor, so that the package runs on others.
-_FLAGS = ("-std=c11", "-O3", "-mavx2", "-mfma", "-fPIC", "-shared")
+_FLAGS = ("-std=c11", "-O3", "-mavx2", "-mfma", "-mf16c", "-fPIC", "-shared")
 _SECONDS = 120
 
 

@@ -16,12 +16,13 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from osaurus_grpc.errors import ModelUnusableError
-from osaurus_grpc.models import cpu_kernels, facts
+from osaurus_grpc.models import cpu_kernels, facts, short_weights
 from osaurus_grpc.models.catalog import ModelEntry
 from osaurus_grpc.models.embedding import Embedder, Pooling, configured_pooling
 from osaurus_grpc.models.encoder import ENCODER_TYPES, UnsupportedEncoderError, load_encoder
 from osaurus_grpc.models.facts import Capability
 from osaurus_grpc.models.inspection import CONFIG_FILE, read_json_object
+from osaurus_grpc.models.short_weights import NONE_QUANTIZED, QuantizedModules
 from osaurus_grpc.models.vision import families
 from osaurus_grpc.models.vision.families import Family
 from osaurus_grpc.models.vision.reader import ImageReader
@@ -134,9 +135,10 @@ async def load_model(
     draft_id = await asyncio.to_thread(_draft_id, entry, tokenizer, draft)
     is_encoder = not is_generating(entry)
     build = _build_encoder if is_encoder else _build
-    model: Any = await host.call(lambda: build(entry, dtype))
+    model, quantized = await host.call(lambda: build(entry, dtype))
     for group in _groups(model):
         await host.call(partial(_evaluate, entry, group))
+    short_bytes = 0 if is_encoder else await _hold_short(host, model, quantized)
     embedder = _embedder(entry, model) if images is None else None
     context_length = entry.context_length or _UNKNOWN_CONTEXT_LENGTH
     if is_encoder and embedder is not None:
@@ -155,12 +157,22 @@ async def load_model(
         eos_token_ids=eos_token_ids,
         context_length=context_length,
         vocab_size=vocab_size,
-        resident_bytes=_resident_bytes(model),
+        resident_bytes=_resident_bytes(model) + short_bytes,
         load_seconds=time.monotonic() - started,
         fingerprint=_fingerprint(entry, dtype),
         images=images,
         draft_id=draft_id,
     )
+
+
+async def _hold_short(host: MlxHost, model: Any, quantized: QuantizedModules) -> int:
+    """Keep what the weights were made of, where that speeds decoding up; returns the bytes it takes."""
+    held = await host.call(lambda: short_weights.begin(model, quantized))
+    if held is None:
+        return 0
+    for path, weight in short_weights.matrices(model):
+        await host.call(partial(held.add, weight, quantized.get(path)))
+    return held.nbytes
 
 
 def is_generating(entry: ModelEntry) -> bool:
@@ -280,8 +292,8 @@ def _load_tokenizer(entry: ModelEntry, images: ImageReader | None) -> tuple[Any,
     return tokenizer, frozenset(int(end) for end in ends)
 
 
-def _build(entry: ModelEntry, dtype: str) -> Any:
-    """The model with its weights still lazy. On the MLX thread."""
+def _build(entry: ModelEntry, dtype: str) -> tuple[Any, QuantizedModules]:
+    """The model with its weights still lazy, and what was expanded of them. On the MLX thread."""
     from mlx_lm.utils import dequantize_model, load_model
 
     try:
@@ -305,10 +317,12 @@ def _build(entry: ModelEntry, dtype: str) -> Any:
         # Converted from GGUF, whose norms and K-quant scales are float32: kept so, they would widen
         # every activation and the KV cache.
         model.set_dtype(getattr(mx, config["dtype"]))
+    quantized = NONE_QUANTIZED
     if plan.is_dequantized:
+        quantized = short_weights.quantized_modules(model)
         model = dequantize_model(model)
     model.eval()
-    return model
+    return model, quantized
 
 
 def _load_image_model(entry: ModelEntry) -> tuple[Any, Mapping[str, Any]]:
@@ -323,7 +337,7 @@ def _load_image_model(entry: ModelEntry) -> tuple[Any, Mapping[str, Any]]:
     return ImageModel(load_model(entry.path, lazy=True), _family(entry)), config
 
 
-def _build_encoder(entry: ModelEntry, dtype: str) -> Any:
+def _build_encoder(entry: ModelEntry, dtype: str) -> tuple[Any, QuantizedModules]:
     """An embedding model with its weights still lazy. On the MLX thread."""
     try:
         model = load_encoder(entry.path, read_json_object(entry.path / CONFIG_FILE))
@@ -337,7 +351,7 @@ def _build_encoder(entry: ModelEntry, dtype: str) -> Any:
     if plan.dtype is not None:
         model.set_dtype(plan.dtype)
     model.eval()
-    return model
+    return model, NONE_QUANTIZED
 
 
 def _embedder(entry: ModelEntry, model: Any) -> Embedder | None:

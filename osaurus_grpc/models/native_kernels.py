@@ -1,30 +1,91 @@
 """Our own kernels for a CPU: matrix products of few rows, attention, SwiGLU.
 
-The library is compiled when the package is installed, on x86-64 Linux with a C compiler (native/gemm.c and
-native/attention.c say what it does and why). Its cblas_sgemm takes the BLAS's place by being found first:
-the dynamic linker looks libraries up in the order in which they became global.
+The library is compiled when the package is installed, on x86-64 Linux with a C compiler (native/gemm.c,
+numbers.c and attention.c say what it does and why). Its cblas_sgemm takes the BLAS's place by being found
+first: the dynamic linker looks libraries up in the order in which they became global.
 """
 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["NativeKernels", "load"]
+__all__ = ["NativeKernels", "NumberKind", "ShortNumbers", "load"]
 
 _LIBRARY = Path(__file__).parent / "native" / "libosaurus_native.so"
-_INTERFACE = 3
-_NEEDED = frozenset({"avx2", "fma"})
+_INTERFACE = 4
+_NEEDED = frozenset({"avx2", "fma", "f16c"})
 _FLOAT_BYTES = 4
+# Numbers that share a scale, at least.
+_LEAST_GROUP = 32
 # Multiplications from which others may run in the interpreter meanwhile. It takes up to 5 ms to be let back
 # in, which every layer of a small pass would wait for.
 _LARGE = 2**26
 
 _Floats: TypeAlias = npt.NDArray[np.float32]
+
+
+class NumberKind(IntEnum):
+    """How a matrix's numbers are held; enum kind of native/kernels.h."""
+
+    BFLOAT16 = 1
+    FLOAT16 = 2
+    AFFINE4 = 3
+    AFFINE8 = 4
+
+
+class _Numbers(ctypes.Structure):
+    """struct numbers of native/kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "biases")),
+        *((name, ctypes.c_int32) for name in ("kind", "group_shift")),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ShortNumbers:
+    """The numbers of a matrix in fewer bits.
+
+    Attributes:
+        kind: How.
+        codes: They.
+        scales: Of each group, float32; None where there are no groups.
+        biases: The same.
+        group_shift: The logarithm to base 2 of a group's size.
+    """
+
+    kind: NumberKind
+    codes: npt.NDArray[Any]
+    scales: _Floats | None = None
+    biases: _Floats | None = None
+    group_shift: int = 0
+
+    @classmethod
+    def affine(
+        cls, kind: NumberKind, codes: npt.NDArray[Any], scales: _Floats, biases: _Floats, group_size: int
+    ) -> ShortNumbers | None:
+        """Numbers as MLX's affine quantization packs them; None where it does not do such groups."""
+        is_usable = group_size >= _LEAST_GROUP and group_size.bit_count() == 1
+        if not is_usable or not all(array.flags.c_contiguous for array in (codes, scales, biases)):
+            return None
+        return cls(kind, codes, scales, biases, group_size.bit_length() - 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes they take."""
+        return self.codes.nbytes + sum(a.nbytes for a in (self.scales, self.biases) if a is not None)
+
+    def structure(self) -> _Numbers:
+        """As the library takes them; good while the arrays are."""
+        pointers = [None if a is None else a.ctypes.data for a in (self.codes, self.scales, self.biases)]
+        return _Numbers(*pointers, self.kind, self.group_shift)
 
 
 class _Attention(ctypes.Structure):
@@ -62,6 +123,14 @@ class NativeKernels:
         # The same, called without letting others into the interpreter.
         self._brief = ctypes.PyDLL(str(path))
         library.osaurus_gemm_products.restype = ctypes.c_long
+        library.osaurus_gemm_short_products.restype = ctypes.c_long
+        pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+        library.osaurus_shorten.argtypes = [pointer, size, number, pointer]
+        library.osaurus_shorten.restype = None
+        library.osaurus_is_same.argtypes = [pointer, pointer, size]
+        library.osaurus_hold.argtypes = [pointer, number, number, pointer]
+        library.osaurus_let_go.argtypes = [pointer]
+        library.osaurus_let_go.restype = None
         for each in (self._library, self._brief):
             each.osaurus_attention.argtypes = [ctypes.c_void_p]
             each.osaurus_swiglu.argtypes = [ctypes.c_size_t, *[ctypes.c_void_p] * 3]
@@ -73,6 +142,11 @@ class NativeKernels:
         return int(self._library.osaurus_gemm_products())
 
     @property
+    def short_products(self) -> int:
+        """Those of them for which it read shorter numbers."""
+        return int(self._library.osaurus_gemm_short_products())
+
+    @property
     def threads(self) -> int:
         """How many work on one product or attention, 64 at most."""
         return int(self._library.osaurus_threads())
@@ -80,6 +154,34 @@ class NativeKernels:
     @threads.setter
     def threads(self, threads: int) -> None:
         self._library.osaurus_set_threads(ctypes.c_int(threads))
+
+    def shortened(self, matrix: _Floats, kind: NumberKind) -> ShortNumbers:
+        """A contiguous matrix's numbers in 16 bits each, rounded where they do not fit."""
+        codes = np.empty(matrix.shape, np.uint16)
+        self._library.osaurus_shorten(matrix.ctypes.data, matrix.size, kind, codes.ctypes.data)
+        return ShortNumbers(kind, codes)
+
+    def is_same(self, numbers: ShortNumbers, matrix: _Floats) -> bool:
+        """Whether numbers are those of a contiguous matrix, to the bit."""
+        structure = numbers.structure()
+        return bool(
+            self._library.osaurus_is_same(ctypes.addressof(structure), matrix.ctypes.data, matrix.size)
+        )
+
+    def hold(self, matrix: _Floats, numbers: ShortNumbers) -> bool:
+        """Read the numbers in place of the contiguous matrix from now on, where rows are few.
+
+        Both stay where they are, and unchanged, until let_go(). Returns whether it will be done.
+        """
+        rows, columns = matrix.shape
+        structure = numbers.structure()
+        return bool(
+            self._library.osaurus_hold(matrix.ctypes.data, rows, columns, ctypes.addressof(structure))
+        )
+
+    def let_go(self, matrix: _Floats) -> None:
+        """Read the matrix itself again; nobody reads its numbers any more when this returns."""
+        self._library.osaurus_let_go(matrix.ctypes.data)
 
     def attention(
         self,

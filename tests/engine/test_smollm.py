@@ -14,6 +14,7 @@ from mlx_lm.utils import dequantize_model
 
 from osaurus_grpc.engine.engine import Engine
 from osaurus_grpc.engine.types import GenerationRequest, SamplingParams
+from osaurus_grpc.models import platform, short_weights
 from osaurus_grpc.models.catalog import Catalog
 from osaurus_grpc.models.platform import mx
 from osaurus_grpc.models.residency import LoadedModel, Residency
@@ -74,6 +75,26 @@ async def test_eight_together_say_what_each_says_alone(smollm_dir: Path) -> None
         for _ in range(2):
             assert await asyncio.gather(*(answer(engine, one) for one in requests)) == alone
         assert await answer(engine, requests[0]) == alone[0]
+
+
+@pytest.mark.smollm
+@pytest.mark.skipif(platform.blas.kernels is None, reason="our kernels are not compiled here")
+async def test_reading_quantized_weights_changes_no_token(
+    smollm_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = platform.blas.kernels
+    assert kernels is not None
+    answers = []
+    for is_read in (True, False):
+        if not is_read:
+            monkeypatch.setattr(short_weights, "begin", lambda model, quantized: None)
+        before = kernels.short_products
+        async with smollm(smollm_dir) as (engine, model):
+            requests = [asked(model, question, i) for i, question in enumerate(QUESTIONS[:4])]
+            answers.append([await answer(engine, one) for one in requests[:2]])
+            answers[-1] += await asyncio.gather(*(answer(engine, one) for one in requests))
+        assert (kernels.short_products > before) == is_read
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.smollm

@@ -17,6 +17,23 @@
 void osaurus_product(int rows, int columns, int depth, const float *a, size_t lda, const float *b, size_t ldb,
                      float *c, size_t ldc);
 
+/* How a matrix's numbers are held: as they are, in 16 bits, or as MLX's affine quantization packs them, codes of
+ * 4 or 8 bits of which one is worth scale * code + bias. */
+enum kind { FLOAT32, BFLOAT16, FLOAT16, AFFINE4, AFFINE8 };
+
+/* The numbers of a matrix, row by row; scales and biases, where there are any, each of as many numbers as 2 to the
+ * power of group_shift, at least 32. */
+struct numbers {
+  const void *codes;
+  const float *scales, *biases;
+  int32_t kind, group_shift;
+};
+
+/* The shorter numbers that a float32 matrix is known to consist of, which stay until osaurus_short_done() is
+ * called; NULL where there are none, and then it must not be called. */
+const struct numbers *osaurus_short_of(const float *matrix, int rows, int columns);
+void osaurus_short_done(void);
+
 /* Does one piece of what is worked on. */
 typedef void (*osaurus_task)(const void *of, int piece);
 
