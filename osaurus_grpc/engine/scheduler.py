@@ -39,9 +39,11 @@ _SMALLEST_SHARED = 64
 _PATIENCE = 3
 # Weight of the newest measurement.
 _SMOOTHING = 0.3
-# Steps that take longer than foretold do so by three times the mean at worst, nearly always.
-_LATE_STEPS = 3.0
-# The room that is left for them at most: smaller chunks cost more, which on a busy machine helps nobody.
+# Of the steps with a prompt, those that may take longer than the room that is left for late ones.
+_LATE_SHARE = 0.05
+# How far one step moves what is thought of the others.
+_LATENESS_STEP = 0.04
+# The room that is left for late steps at most: smaller chunks cost more, which on a busy machine helps nobody.
 _MOST_ROOM = 0.5
 
 
@@ -59,8 +61,9 @@ class StepClock:
         decode_seconds: Of a decode step; 0 while it is not known.
         lone_seconds: Of one with a single row.
         seconds_per_prompt_token: What a prompt token adds to a pass; 0 where nothing was seen, too.
-        lateness: By which share steps with a prompt take longer than foretold, in the mean; those that
-            are early count as 0.
+        lateness: The share by which all steps with a prompt but one in twenty exceed what was foretold, at
+            most: a quantile, followed by steps up for what exceeds it and smaller ones down for the others
+            (Robbins and Monro, 1951).
     """
 
     def __init__(self, max_pause_steps: int = 4) -> None:
@@ -82,8 +85,9 @@ class StepClock:
         passes = 2 if decoding else 1
         if self.seconds_per_prompt_token:
             foretold = passes * self.decode_seconds + prefilled * self.seconds_per_prompt_token
-            late = max(0.0, seconds / foretold - 1)
-            self.lateness += _SMOOTHING * (late - self.lateness)
+            is_later = seconds / foretold - 1 > self.lateness
+            self.lateness += _LATENESS_STEP * (is_later - _LATE_SHARE)
+            self.lateness = min(_MOST_ROOM, max(0.0, self.lateness))
         self._largest_pass = max(self._largest_pass, prefilled)
         cost = max(0.0, seconds - passes * self.decode_seconds) / prefilled
         self.seconds_per_prompt_token = self._blend(self.seconds_per_prompt_token, cost)
@@ -112,8 +116,7 @@ class StepClock:
         allowed = _IDLE_CHUNK_SECONDS
         if decoding:
             # The bound is on the whole pause, with the decode step in it.
-            room = min(_MOST_ROOM, _LATE_STEPS * self.lateness)
-            allowed = (self._max_pause_steps / (1 + room) - 1) * self.decode_seconds
+            allowed = (self._max_pause_steps / (1 + self.lateness) - 1) * self.decode_seconds
         chunk = size = _SMALLEST_CHUNK
         while size <= largest and (size == _SMALLEST_CHUNK or self.pass_seconds(size) <= allowed):
             chunk = size
