@@ -335,7 +335,7 @@ async def test_tokens_of_one_pass_come_in_one_event():
 )
 async def test_another_request_joining_and_leaving_changes_nothing(way, sampled):
     """The first one guesses, decodes beside the other one, and guesses again."""
-    long = request(prompt=REPETITIVE, max_tokens=150, sampling=sampled)
+    long = request(prompt=REPETITIVE, max_tokens=400, sampling=sampled)
     short = [request(prompt=prompt, max_tokens=10 + i) for i, prompt in enumerate(prompts(4, 7))]
     expected = await plain_answers([long, *short])
     async with running_engine(**WAYS[way], prefill_chunk_tokens=16) as engine:
@@ -347,7 +347,8 @@ async def test_another_request_joining_and_leaving_changes_nothing(way, sampled)
                 if not isinstance(event, TokensGenerated):
                     continue
                 said.extend(t.token_id for t in event.tokens)
-                if len(beside) < len(short) and len(said) > 25 * (len(beside) + 1):
+                # One event may bring many tokens where this task does not get to run.
+                while len(beside) < len(short) and len(said) > 25 * (len(beside) + 1):
                     drafted.append(engine.stats().drafted_tokens)
                     beside.append(asyncio.create_task(answer(engine, short[len(beside)])))
             assert [said, *(await asyncio.gather(*beside))] == expected
