@@ -368,9 +368,9 @@ class Engine:
         """Generate one sequence, of a request that may have been announced.
 
         Yields PrefillStarted, PrefillProgress* with PromptScored* among them where the prompt is to be
-        scored, TokensGenerated*, GenerationFinished. Tokens that
-        arrived together come as one event. Closing the generator, or cancelling the task that reads
-        it, frees the sequence's place before the next step.
+        scored, TokensGenerated*, GenerationFinished. Tokens that arrived together come as one event.
+        Closing the generator, or cancelling the task that reads it, frees the sequence's place before
+        the next step.
 
         Raises:
             InvalidRequestError: The request does not fit the model.
@@ -386,17 +386,9 @@ class Engine:
         inbox = self._inboxes[sequence] = _Inbox()
         self._waiting += 1
         is_waiting, is_over = True, False
-
-        def submit() -> None:
-            runner = self._worker.runner(request.model_id)
-            if runner is not None:
-                runner.submit(sequence)
-            else:  # unloaded since it was checked
-                self._deliver([(sequence, DrainingError())])
-
         if arrival is not None:
             arrival.submitted()
-        self._worker.post(submit)
+        self._worker.post(lambda: self._submit(sequence))
         try:
             while not is_over:
                 for event in _coalesced(await inbox.take()):
@@ -424,6 +416,14 @@ class Engine:
                 attached.running -= 1
             if not is_over:
                 self._worker.post(lambda: self._cancel(sequence))
+
+    def _submit(self, sequence: Sequence) -> None:
+        """Queue a sequence. On the MLX thread."""
+        runner = self._worker.runner(sequence.request.model_id)
+        if runner is not None:
+            runner.submit(sequence)
+        else:  # unloaded since it was checked
+            self._deliver([(sequence, DrainingError())])
 
     def _cancel(self, sequence: Sequence) -> None:
         """Drop a sequence. On the MLX thread."""

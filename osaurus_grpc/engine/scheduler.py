@@ -43,7 +43,8 @@ _SMOOTHING = 0.3
 _LATE_SHARE = 0.05
 # How far one step moves what is thought of the others.
 _LATENESS_STEP = 0.04
-# The room that is left for late steps at most: smaller chunks cost more, which on a busy machine helps nobody.
+# The room that is left for late steps at most: smaller chunks cost more, which helps nobody on a busy
+# machine.
 _MOST_ROOM = 0.5
 
 

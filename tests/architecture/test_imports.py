@@ -34,6 +34,7 @@ MLX_ROOMS = {
     "osaurus_grpc.models.loading",
     "osaurus_grpc.models.encoder",
     "osaurus_grpc.models.cpu_kernels",
+    "osaurus_grpc.models.short_weights",
     "osaurus_grpc.models.embedding",
     "osaurus_grpc.models.platform",
     "osaurus_grpc.models.vision.image_model",  # is a model

@@ -18,8 +18,8 @@ from rest_shim import arrival
 from rest_shim.arrival import SMALL_BYTES
 from rest_shim.settings import Settings
 
+from .raw import exchange
 from .scripted_core import MODEL, ScriptedCore, answer
-from .test_app import exchange
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
 PLAIN = json.dumps(CHAT).encode()

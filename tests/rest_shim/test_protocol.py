@@ -13,8 +13,8 @@ import pytest
 from rest_shim.protocol import MAX_FIELD_BYTES, MAX_LINE_BYTES
 from rest_shim.settings import Settings
 
+from .raw import exchange
 from .scripted_core import ScriptedCore
-from .test_app import exchange
 
 # Stands for a key, and for markup that a browser would run.
 SECRET = b"SECRETBYTES"
