@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["NativeKernels", "NumberKind", "ShortNumbers", "load"]
+__all__ = ["NativeKernels", "NumberKind", "ShortNumbers", "can_group", "load"]
 
 _LIBRARY = Path(__file__).parent / "native" / "libosaurus_native.so"
 _INTERFACE = 4
@@ -29,6 +29,7 @@ _LEAST_GROUP = 32
 _LARGE = 2**26
 
 _Floats: TypeAlias = npt.NDArray[np.float32]
+_Codes: TypeAlias = npt.NDArray[np.uint8]
 
 
 class NumberKind(IntEnum):
@@ -38,6 +39,7 @@ class NumberKind(IntEnum):
     FLOAT16 = 2
     AFFINE4 = 3
     AFFINE8 = 4
+    AFFINE8_ROUNDED = 5
 
 
 class _Numbers(ctypes.Structure):
@@ -70,11 +72,8 @@ class ShortNumbers:
     @classmethod
     def affine(
         cls, kind: NumberKind, codes: npt.NDArray[Any], scales: _Floats, biases: _Floats, group_size: int
-    ) -> ShortNumbers | None:
-        """Numbers as MLX's affine quantization packs them; None where it does not do such groups."""
-        is_usable = group_size >= _LEAST_GROUP and group_size.bit_count() == 1
-        if not is_usable or not all(array.flags.c_contiguous for array in (codes, scales, biases)):
-            return None
+    ) -> ShortNumbers:
+        """Numbers as MLX's affine quantization packs them, in groups of a size that can_group() allows."""
         return cls(kind, codes, scales, biases, group_size.bit_length() - 1)
 
     @property
@@ -86,6 +85,11 @@ class ShortNumbers:
         """As the library takes them; good while the arrays are."""
         pointers = [None if a is None else a.ctypes.data for a in (self.codes, self.scales, self.biases)]
         return _Numbers(*pointers, self.kind, self.group_shift)
+
+
+def can_group(size: int) -> bool:
+    """Whether so many numbers may share a scale."""
+    return size >= _LEAST_GROUP and size.bit_count() == 1
 
 
 class _Attention(ctypes.Structure):
@@ -127,6 +131,8 @@ class NativeKernels:
         pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
         library.osaurus_shorten.argtypes = [pointer, size, number, pointer]
         library.osaurus_shorten.restype = None
+        library.osaurus_encode.argtypes = [pointer, size, pointer, pointer, number, pointer]
+        library.osaurus_encode.restype = None
         library.osaurus_is_same.argtypes = [pointer, pointer, size]
         library.osaurus_hold.argtypes = [pointer, number, number, pointer]
         library.osaurus_let_go.argtypes = [pointer]
@@ -160,6 +166,15 @@ class NativeKernels:
         codes = np.empty(matrix.shape, np.uint16)
         self._library.osaurus_shorten(matrix.ctypes.data, matrix.size, kind, codes.ctypes.data)
         return ShortNumbers(kind, codes)
+
+    def encoded(self, matrix: _Floats, scales: _Floats, biases: _Floats, group_size: int) -> _Codes:
+        """The codes, of 8 bits, that a contiguous matrix in groups was made of, if it was."""
+        codes = np.empty(matrix.shape, np.uint8)
+        self._library.osaurus_encode(
+            matrix.ctypes.data, matrix.size, scales.ctypes.data, biases.ctypes.data,
+            group_size.bit_length() - 1, codes.ctypes.data,
+        )  # fmt: skip
+        return codes
 
     def is_same(self, numbers: ShortNumbers, matrix: _Floats) -> bool:
         """Whether numbers are those of a contiguous matrix, to the bit."""

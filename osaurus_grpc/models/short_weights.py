@@ -21,7 +21,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from osaurus_grpc.models.native_kernels import NativeKernels, NumberKind, ShortNumbers
+from osaurus_grpc.models.native_kernels import NativeKernels, NumberKind, ShortNumbers, can_group
 
 # Of the memory that is left once the float32 weights are there.
 _SHARE_OF_MEMORY = 0.25
@@ -30,7 +30,7 @@ _LEAST_ELEMENTS = 2**15
 # What a number takes where it is not quantized, and what is looked at before all of a matrix is shortened.
 _DENSE_BYTES = 2
 _SAMPLE_ELEMENTS = 2**12
-_AFFINE_KINDS = {4: NumberKind.AFFINE4, 8: NumberKind.AFFINE8}
+_BYTE_BITS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,9 @@ class Quantized:
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes."""
-        return self.codes.nbytes + self.scales.nbytes + self.biases.nbytes
+        """Bytes it takes, codes of an odd number of bits in a byte each."""
+        codes = self.codes.nbytes if self.bits in (4, _BYTE_BITS) else self.scales.size * self.group_size
+        return codes + self.scales.nbytes + self.biases.nbytes
 
 
 # By a module's path.
@@ -69,7 +70,7 @@ def quantized_modules(model: nn.Module) -> QuantizedModules:
         for path, module in _language_modules(model)
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
         and module.mode == "affine"
-        and module.bits in _AFFINE_KINDS
+        and module.bits <= _BYTE_BITS
         and module.scales.dtype == mx.float32
     }
 
@@ -123,9 +124,20 @@ class ShortWeights:
         codes, scales, biases = (
             np.array(array, copy=False) for array in (quantized.codes, quantized.scales, quantized.biases)
         )
-        kind = _AFFINE_KINDS[quantized.bits]
-        numbers = ShortNumbers.affine(kind, codes, scales, biases, quantized.group_size)
-        return numbers if numbers is not None and self._kernels.is_same(numbers, matrix) else None
+        size = quantized.group_size
+        if not can_group(size) or not all(array.flags.c_contiguous for array in (codes, scales, biases)):
+            return None
+        if quantized.bits == 4:
+            numbers = ShortNumbers.affine(NumberKind.AFFINE4, codes, scales, biases, size)
+            if self._kernels.is_same(numbers, matrix):
+                return numbers
+        if quantized.bits != _BYTE_BITS:
+            codes = self._kernels.encoded(matrix, scales, biases, size)
+        for kind in (NumberKind.AFFINE8, NumberKind.AFFINE8_ROUNDED):
+            numbers = ShortNumbers.affine(kind, codes, scales, biases, size)
+            if self._kernels.is_same(numbers, matrix):
+                return numbers
+        return None
 
     def close(self) -> None:
         """Let all of them go. Harmless when repeated."""

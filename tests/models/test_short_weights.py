@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from osaurus_grpc.models import platform, short_weights
-from osaurus_grpc.models.native_kernels import NativeKernels, NumberKind, ShortNumbers
+from osaurus_grpc.models.native_kernels import NativeKernels, NumberKind, can_group
 from osaurus_grpc.models.platform import mx
 from osaurus_grpc.models.short_weights import Quantized, ShortWeights
 from tests.conftest import SMOLLM
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 MAX_ROWS = {NumberKind.BFLOAT16: 8, NumberKind.FLOAT16: 8, NumberKind.AFFINE4: 4, NumberKind.AFFINE8: 4}
+KINDS = [*MAX_ROWS]
 DTYPES = {NumberKind.BFLOAT16: mx.bfloat16, NumberKind.FLOAT16: mx.float16}
 BITS = {NumberKind.AFFINE4: 4, NumberKind.AFFINE8: 8}
 
@@ -69,7 +71,7 @@ def product(x: mx.array, weight: mx.array) -> np.ndarray:
     return np.array(x @ weight.T)
 
 
-@pytest.mark.parametrize("kind", NumberKind)
+@pytest.mark.parametrize("kind", KINDS)
 def test_products_are_the_same_to_the_bit(
     kind: NumberKind, kernels: NativeKernels, held: ShortWeights
 ) -> None:
@@ -91,7 +93,7 @@ def test_products_are_the_same_to_the_bit(
             held.close()
 
 
-@pytest.mark.parametrize("kind", NumberKind)
+@pytest.mark.parametrize("kind", KINDS)
 def test_threads_and_groups_change_nothing(
     kind: NumberKind, kernels: NativeKernels, held: ShortWeights
 ) -> None:
@@ -154,12 +156,42 @@ def test_a_part_of_a_matrix_is_another_one(kernels: NativeKernels, held: ShortWe
     assert kernels.short_products == before + 1
 
 
-def test_groups_that_it_does_not_do() -> None:
-    codes, scales = np.zeros((4, 8), np.uint32), np.zeros((4, 2), np.float32)
-    for size in (16, 48, 0):
-        assert ShortNumbers.affine(NumberKind.AFFINE4, codes, scales, scales, size) is None
-    assert ShortNumbers.affine(NumberKind.AFFINE4, codes, scales[:, ::2], scales, 32) is None
-    assert ShortNumbers.affine(NumberKind.AFFINE4, codes, scales, scales, 32) is not None
+def test_groups_that_it_does_not_do(held: ShortWeights) -> None:
+    for size in (0, 1, 16, 31, 48, 96):
+        assert not can_group(size)
+    assert all(map(can_group, (32, 64, 128, 256)))
+    weight, packed = quantized(random(0, 64, 256), 8)
+    assert not held.add(weight, dataclasses.replace(packed, scales=packed.scales[:, ::2]))
+    assert not held.add(weight, dataclasses.replace(packed, group_size=48))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6])
+def test_other_numbers_of_bits(kernels: NativeKernels, held: ShortWeights, bits: int) -> None:
+    """A byte holds them."""
+    x = random(0, 2, 256)
+    weight, packed = quantized(random(bits, 300, 256), bits)
+    expected = product(x, weight)
+    assert held.add(weight, packed)
+    assert held.nbytes == 300 * 256 + 2 * 4 * 300 * 256 // 32
+    before = kernels.short_products
+    assert np.array_equal(product(x, weight), expected)
+    assert kernels.short_products == before + 1
+
+
+def test_scales_of_many_digits_and_none(kernels: NativeKernels, held: ShortWeights) -> None:
+    """Their products with codes are rounded before biases are added, as those of K-quants are."""
+    x = random(0, 2, 256)
+    for bits in (4, 8):
+        codes, scales, biases = mx.quantize(random(bits, 300, 256), group_size=32, bits=bits)
+        scales *= mx.ones(scales.shape) * 1.2345678
+        scales[0] = 0.0
+        weight = mx.dequantize(codes, scales, biases, group_size=32, bits=bits)
+        mx.eval(weight, codes, scales, biases)
+        expected = product(x, weight)
+        assert held.add(weight, Quantized(codes, scales, biases, bits, 32))
+        before = kernels.short_products
+        assert np.array_equal(product(x, weight), expected)
+        assert kernels.short_products == before + 1
 
 
 class Small(nn.Module):

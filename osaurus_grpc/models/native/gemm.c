@@ -145,11 +145,13 @@ TILES(BFLOAT16)
 TILES(FLOAT16)
 TILES(AFFINE4)
 TILES(AFFINE8)
+TILES(AFFINE8_ROUNDED)
 
 /* By kind and the rows of a tile: as many columns as sixteen registers allow, and one for what is left. */
 #define BROAD(KIND) {NULL, KIND##_1x8, KIND##_2x4, KIND##_3x3, KIND##_4x3}
 #define THIN(KIND) {NULL, KIND##_1x1, KIND##_2x1, KIND##_3x1, KIND##_4x1}
-#define BY_KIND(SHAPES) {SHAPES(FLOAT32), SHAPES(BFLOAT16), SHAPES(FLOAT16), SHAPES(AFFINE4), SHAPES(AFFINE8)}
+#define BY_KIND(SHAPES) \
+  {SHAPES(FLOAT32), SHAPES(BFLOAT16), SHAPES(FLOAT16), SHAPES(AFFINE4), SHAPES(AFFINE8), SHAPES(AFFINE8_ROUNDED)}
 static const tile broad[][MAX_TILE_ROWS + 1] = BY_KIND(BROAD);
 static const tile thin[][MAX_TILE_ROWS + 1] = BY_KIND(THIN);
 static const int widths[] = {0, 8, 4, 3, 3};

@@ -18,8 +18,8 @@ void osaurus_product(int rows, int columns, int depth, const float *a, size_t ld
                      float *c, size_t ldc);
 
 /* How a matrix's numbers are held: as they are, in 16 bits, or as MLX's affine quantization packs them, codes of
- * 4 or 8 bits of which one is worth scale * code + bias. */
-enum kind { FLOAT32, BFLOAT16, FLOAT16, AFFINE4, AFFINE8 };
+ * 4 or 8 bits of which one is worth scale * code + bias; rounded once or, ROUNDED, behind the product too. */
+enum kind { FLOAT32, BFLOAT16, FLOAT16, AFFINE4, AFFINE8, AFFINE8_ROUNDED };
 
 /* The numbers of a matrix, row by row; scales and biases, where there are any, each of as many numbers as 2 to the
  * power of group_shift, at least 32. */

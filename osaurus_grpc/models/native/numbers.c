@@ -49,6 +49,19 @@ void osaurus_shorten(const float *numbers, size_t length, int kind, uint16_t *to
   }
 }
 
+/* Write the codes of whole groups of float32 numbers, a byte each; of numbers that have none it means nothing. */
+void osaurus_encode(const float *numbers, size_t length, const float *scales, const float *biases,
+                    int group_shift, uint8_t *to) {
+  for (size_t i = 0; i < length; i += LANES) {
+    const __m256 scale = _mm256_broadcast_ss(scales + (i >> group_shift));
+    const __m256 bias = _mm256_broadcast_ss(biases + (i >> group_shift));
+    const __m256 code = _mm256_div_ps(_mm256_sub_ps(_mm256_loadu_ps(numbers + i), bias), scale);
+    const __m256i whole = _mm256_cvtps_epi32(code); /* the least number where it is none, as behind a scale of 0 */
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64((__m128i *)(to + i), _mm_packus_epi16(words, words));
+  }
+}
+
 static int is_same(const enum kind kind, const struct numbers *numbers, const float *matrix, size_t length) {
   size_t at = 0;
   for (; at + LANES <= length; at += LANES) {
@@ -75,6 +88,7 @@ int osaurus_is_same(const struct numbers *numbers, const float *matrix, size_t l
     case FLOAT16: return is_same(FLOAT16, numbers, matrix, length);
     case AFFINE4: return is_same(AFFINE4, numbers, matrix, length);
     case AFFINE8: return is_same(AFFINE8, numbers, matrix, length);
+    case AFFINE8_ROUNDED: return is_same(AFFINE8_ROUNDED, numbers, matrix, length);
   }
   return 0;
 }

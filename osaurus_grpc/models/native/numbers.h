@@ -8,12 +8,13 @@
 
 /* Whether numbers are held in groups that have a scale and a bias each. */
 static inline __attribute__((always_inline)) int is_affine(const enum kind kind) {
-  return kind == AFFINE4 || kind == AFFINE8;
+  return kind == AFFINE4 || kind == AFFINE8 || kind == AFFINE8_ROUNDED;
 }
 
 /* The bytes before the element `at`. */
 static inline __attribute__((always_inline)) size_t bytes_before(const enum kind kind, size_t at) {
-  return kind == FLOAT32 ? 4 * at : kind == AFFINE8 ? at : kind == AFFINE4 ? at / 2 : 2 * at;
+  if (is_affine(kind)) return kind == AFFINE4 ? at / 2 : at;
+  return kind == FLOAT32 ? 4 * at : 2 * at;
 }
 
 /* The elements from `at` on, which is a multiple of 8 where they are in groups; of one group, whose scale and
@@ -28,7 +29,7 @@ static inline __attribute__((always_inline)) __m256 eight(const enum kind kind, 
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
   }
   __m256i codes;
-  if (kind == AFFINE8) {
+  if (kind != AFFINE4) {
     codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)place));
   } else {
     /* Eight in a word, the first one lowest. */
@@ -36,7 +37,9 @@ static inline __attribute__((always_inline)) __m256 eight(const enum kind kind, 
     codes = _mm256_srlv_epi32(_mm256_set1_epi32(*(const int32_t *)place), shifts);
     codes = _mm256_and_si256(codes, _mm256_set1_epi32(15));
   }
-  return _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(codes), bias);
+  const __m256 wide = _mm256_cvtepi32_ps(codes);
+  if (kind == AFFINE8_ROUNDED) return _mm256_add_ps(_mm256_mul_ps(scale, wide), bias);
+  return _mm256_fmadd_ps(scale, wide, bias);
 }
 
 /* One of them, which are in no groups. */
