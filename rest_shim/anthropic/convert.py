@@ -114,9 +114,17 @@ def prompt_request(body: schema.CountBody) -> chat_pb2.ChatRequest:
     )
     _set_tool_choice(request, body)
     _set_thinking(request, body)
-    if body.output_config is not None and body.output_config.format is not None:
-        request.response_format.json_schema.schema_json = dump(body.output_config.format.definition)
+    output_format, _ = _output_format(body)
+    if output_format is not None:
+        request.response_format.json_schema.schema_json = dump(output_format.definition)
     return request
+
+
+def _output_format(body: schema.CountBody) -> tuple[schema.OutputFormat | None, str]:
+    """The form the answer must have, and its JSON path."""
+    if body.output_config is not None and body.output_config.format is not None:
+        return body.output_config.format, "output_config.format"
+    return body.output_format, "output_format"
 
 
 def shows_thinking(body: schema.CountBody) -> bool:
@@ -351,7 +359,7 @@ def json_path(body: schema.CountBody, field_path: str) -> str:
         "max_reasoning_tokens": "thinking.budget_tokens",
         "reasoning_effort": "output_config.effort",
         "tool_choice.function_name": "tool_choice.name",
-        "response_format.json_schema.schema_json": "output_config.format.schema",
+        "response_format.json_schema.schema_json": f"{_output_format(body)[1]}.schema",
     }
     for ours, theirs in renamed.items():
         if path == ours or path.startswith(f"{ours}["):

@@ -272,6 +272,8 @@ class CountBody(Body):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    # The key of the beta, before output_config had it.
+    output_format: OutputFormat | None = None
     mcp_servers: Annotated[list[Any], BeforeValidator(_no_servers)] = Field(default_factory=list)
 
 

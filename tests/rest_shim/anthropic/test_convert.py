@@ -184,8 +184,16 @@ def test_thinking_and_effort() -> None:
 
 
 def test_output_formats() -> None:
-    made = request(output_config={"format": {"type": "json_schema", "schema": {"type": "object"}}})
+    output = {"type": "json_schema", "schema": {"type": "object"}}
+    made = request(output_config={"format": output})
     assert json.loads(made.response_format.json_schema.schema_json) == {"type": "object"}
+    # As clients of the beta say it.
+    assert request(output_format=output) == made
+    assert request(output_config={"effort": "low"}, output_format=output).response_format == (
+        made.response_format
+    )
+    older = {"type": "json_schema", "schema": {"type": "array"}}
+    assert request(output_config={"format": output}, output_format=older) == made
 
 
 @pytest.mark.parametrize(
@@ -249,6 +257,7 @@ def test_output_formats() -> None:
         ({"temperature": 3}, "temperature"),
         ({"mcp_servers": [{"type": "url", "url": "https://x"}]}, "mcp_servers"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type"),
+        ({"output_format": {"type": "xml"}}, "output_format.type"),
     ],
 )  # fmt: skip
 def test_refusals_name_the_place(fields: dict[str, object], param: str) -> None:
@@ -294,6 +303,7 @@ def test_paths(field: str, path: str) -> None:
     result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "11 C"}
     body = parsed(
         system="Be brief.",
+        output_config={"format": {"type": "json_schema", "schema": {}}},
         messages=[
             {"role": "user", "content": [
                 {"type": "text", "text": "a"}, {"type": "image", "source": image}, result,
@@ -306,6 +316,11 @@ def test_paths(field: str, path: str) -> None:
         ],
     )  # fmt: skip
     assert convert.json_path(body, field) == path
+
+
+def test_the_path_of_an_older_output_format() -> None:
+    body = parsed(output_format={"type": "json_schema", "schema": {}})
+    assert convert.json_path(body, "response_format.json_schema.schema_json") == "output_format.schema"
 
 
 def message(whole: chat_pb2.ChatResponse, *, shows: bool = True, omits: bool = False) -> dict[str, object]:
