@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 from aiohttp import web
 
@@ -103,12 +104,17 @@ class OllamaRoutes:
         caller = caller_of(request)
         if not body.model:
             raise names.unknown(body.model, _PULL_TEXT)
-        async with names.model_errors(body.model, _PULL_TEXT, convert.json_path):
-            if not body.input:
-                await self._backend.get_model(body.model, caller)
-                return json_response(embeddings.nothing_json(body.model), content_type=JSON_TYPE)
-            response = await self._backend.embed(embeddings.embed_request(body), caller)
-        return json_response(embeddings.embed_json(response, body.model), content_type=JSON_TYPE)
+        width = 0
+        if not body.input or body.dimensions > 0:
+            async with names.model_errors(body.model, _PULL_TEXT):
+                width = (await self._backend.get_model(body.model, caller)).embedding_length
+        if not body.input:
+            return json_response(embeddings.nothing_json(body.model), content_type=JSON_TYPE)
+        responses = []
+        for turn, part in enumerate(embeddings.embed_requests(body, width)):
+            async with names.model_errors(body.model, _PULL_TEXT, partial(embeddings.json_path, turn)):
+                responses.append(await self._backend.embed(part, caller))
+        return json_response(embeddings.embed_json(responses, body.model), content_type=JSON_TYPE)
 
     async def embeddings(self, request: web.Request) -> web.StreamResponse:
         """POST /embeddings, Ollama's older call."""

@@ -23,7 +23,7 @@ MAX_TOOLS = 1_024
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_TOP_LOGPROBS = 20
-MAX_INPUTS = 2048
+MAX_INPUTS = 65_536
 MAX_TEMPLATE_CHARACTERS = 65_536
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -240,7 +240,8 @@ class EmbedBody(ResidentBody):
         default_factory=list
     )
     truncate: bool = True
-    dimensions: Annotated[Integer, Field(ge=0, le=MAX_INT32)] | None = None
+    # What is not above 0 is all of them.
+    dimensions: Annotated[Integer, Field(ge=-MAX_INT32, le=MAX_INT32)] = 0
 
 
 class EmbeddingsBody(ResidentBody):

@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2
 
 from osaurus_grpc.v1 import chat_pb2, completion_pb2, embedding_pb2, model_service_pb2
 from rest_shim.ollama import names
+from rest_shim.ollama.embeddings import TEXTS_AT_ONCE
 from rest_shim.ollama.library import OLLAMA_VERSION
 
 from ..scripted_core import MODEL, ScriptedCore, abort, timings, usage
@@ -52,6 +53,53 @@ class TestEmbeddings:
         asked = core.requests[-1]
         assert isinstance(asked, embedding_pb2.EmbedRequest)
         assert (list(asked.inputs), asked.truncate) == (["a"], False)
+
+    async def test_more_dimensions_than_there_are(
+        self, client: ollama.AsyncClient, core: ScriptedCore
+    ) -> None:
+        embeds(core)
+        for dimensions, asked_for in ((2, 2), (5000, 3072), (0, 0), (-1, 0)):
+            await client.embed(MODEL, "a", dimensions=dimensions)
+            asked = core.requests[-1]
+            assert isinstance(asked, embedding_pb2.EmbedRequest)
+            assert asked.dimensions == asked_for
+        core.models[0].embedding_length = 0  # not known
+        await client.embed(MODEL, "a", dimensions=5000)
+        asked = core.requests[-1]
+        assert isinstance(asked, embedding_pb2.EmbedRequest)
+        assert asked.dimensions == 5000
+
+    async def test_a_whole_collection(self, http: aiohttp.ClientSession, core: ScriptedCore) -> None:
+        """More texts than one request to the core takes."""
+        embeds(core)
+        texts = [f"text {index}" for index in range(TEXTS_AT_ONCE + 3)]
+        async with http.post("/api/embed", json={"model": MODEL, "input": texts}) as response:
+            made = await response.json()
+        assert len(made["embeddings"]) == len(texts)
+        assert made["prompt_eval_count"] == 2 * usage().prompt_tokens
+        assert made["total_duration"] == 2 * timings().total_duration.ToNanoseconds()
+        asked = [list(part.inputs) for part in core.requests if isinstance(part, embedding_pb2.EmbedRequest)]
+        assert asked == [texts[:TEXTS_AT_ONCE], texts[TEXTS_AT_ONCE:]]
+
+    async def test_where_in_a_collection_a_text_is_wrong(
+        self, http: aiohttp.ClientSession, core: ScriptedCore
+    ) -> None:
+        async def embed(
+            request: embedding_pb2.EmbedRequest, context: grpc.aio.ServicerContext
+        ) -> embedding_pb2.EmbedResponse:
+            if "" in request.inputs:
+                field = f"inputs[{list(request.inputs).index('')}]"
+                violation = error_details_pb2.BadRequest.FieldViolation(field=field)
+                wrong = error_details_pb2.BadRequest(field_violations=[violation])
+                message = f"{field} must not be empty."
+                await abort(context, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", message, wrong)
+            return embedding_pb2.EmbedResponse(usage=usage(), timings=timings())
+
+        core.embed_script = embed
+        texts = ["a"] * (TEXTS_AT_ONCE + 1) + [""]
+        async with http.post("/api/embed", json={"model": MODEL, "input": texts}) as response:
+            assert response.status == 400
+            assert f"'input[{TEXTS_AT_ONCE + 1}]'" in (await response.json())["error"]
 
     async def test_the_older_call(self, client: ollama.AsyncClient, core: ScriptedCore) -> None:
         embeds(core)
