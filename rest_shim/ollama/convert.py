@@ -185,7 +185,8 @@ def prompt_path(field: str) -> str:
 
 def _image(encoded: str, path: str) -> chat_pb2.ImageContent:
     try:
-        data = base64.b64decode(encoded, validate=True)
+        # Many encoders break their lines; Go's decoder, so Ollama, skips the breaks.
+        data = base64.b64decode(encoded.replace("\r", "").replace("\n", ""), validate=True)
     except (binascii.Error, ValueError):
         raise Refusal(400, f"{path}: illegal base64 data", param=path) from None
     return chat_pb2.ImageContent(data=data, mime_type=media_type(data))

@@ -199,6 +199,17 @@ def test_images(magic: bytes, kind: str) -> None:
     assert content[1].image == chat_pb2.ImageContent(data=magic, mime_type=kind)
 
 
+def test_an_image_in_lines() -> None:
+    """As base64's command and Python's encodebytes write it."""
+    data = b"\xff\xd8\xff" + bytes(200)
+    for encoded in (
+        base64.encodebytes(data).decode(),
+        base64.encodebytes(data).decode().replace("\n", "\r\n"),
+    ):
+        content = request(messages=[{"role": "user", "images": [encoded]}]).messages[0].content
+        assert content[-1].image.data == data
+
+
 def test_formats_tools_and_thinking_are_passed_on() -> None:
     assert request(format="json").response_format.WhichOneof("format") == "json_object"
     made = request(format={"type": "object", "b": 1, "a": 2}).response_format
