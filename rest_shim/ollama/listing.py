@@ -8,8 +8,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from osaurus_grpc.v1 import model_pb2
 
-# What stands for "never" in expires_at.
-NEVER = "9999-12-31T23:59:59Z"
+# What stands for "never" in expires_at: as far away as Ollama's. The last day of the year 9999 is none that
+# clients east of Greenwich can turn into a time of their own.
+NEVER = "2319-01-01T00:00:00Z"
 
 _CAPABILITIES = {
     model_pb2.CAPABILITY_CHAT: "completion",
@@ -97,7 +98,7 @@ def running_json(models: Iterable[model_pb2.Model]) -> dict[str, object]:
 
 
 def _expiry(expire_time: Timestamp) -> str:
-    return expire_time.ToJsonString() if expire_time.seconds else NEVER
+    return min(expire_time.ToJsonString(), NEVER) if expire_time.seconds else NEVER
 
 
 def show_json(model: model_pb2.Model) -> dict[str, object]:
