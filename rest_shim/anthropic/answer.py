@@ -22,6 +22,11 @@ def message_id(core_id: str) -> str:
     return f"msg_{core_id.rpartition('-')[2]}"
 
 
+def call_id(core_id: str) -> str:
+    """A tool call's id, from the core's; the client says it again with the call's result."""
+    return f"toolu_{core_id.removeprefix('call_')}"
+
+
 def stop_reason(reason: sampling_pb2.FinishReason.ValueType) -> str:
     """Why an answer ended; an unknown reason comes from a newer core and reads as a plain end."""
     return _STOP_REASONS.get(reason, "end_turn")
@@ -81,7 +86,8 @@ def message_json(
         content.append({"type": "text", "text": text})
     for call in choice.message.tool_calls:
         arguments = tool_input(call.function.arguments_json)
-        content.append({"type": "tool_use", "id": call.id, "name": call.function.name, "input": arguments})
+        name = call.function.name
+        content.append({"type": "tool_use", "id": call_id(call.id), "name": name, "input": arguments})
     return {
         **head_json(response.id, response.model),
         "content": content,

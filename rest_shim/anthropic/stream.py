@@ -137,7 +137,8 @@ class MessageEncoder:
         if call is None:
             frames = self._settle()
             call = self._calls[delta.call_index] = _Call(self._block_count)
-            frames += self._begin({"type": "tool_use", "id": delta.id, "name": delta.name, "input": {}})
+            block_id = answer.call_id(delta.id)
+            frames += self._begin({"type": "tool_use", "id": block_id, "name": delta.name, "input": {}})
         if delta.arguments_json and call.is_open:
             call.add(delta.arguments_json)
             more = {"type": "input_json_delta", "partial_json": delta.arguments_json}

@@ -358,7 +358,7 @@ def test_an_answer_with_everything() -> None:
     assert made["content"] == [
         {"type": "thinking", "thinking": "hm", "signature": signature},
         {"type": "text", "text": "Hello"},
-        {"type": "tool_use", "id": "call_1", "name": "f", "input": {"b": 1, "a": 2}},
+        {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"b": 1, "a": 2}},
     ]
     assert signature
     assert made["stop_reason"] == "tool_use"

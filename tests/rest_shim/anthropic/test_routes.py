@@ -118,7 +118,7 @@ class TestMessages:
         assert message.stop_reason == "tool_use"
         call = message.content[1]
         assert call.type == "tool_use"
-        assert (call.id, call.name, call.input) == ("call_1", "get_weather", {"city": "Paris"})
+        assert (call.id, call.name, call.input) == ("toolu_1", "get_weather", {"city": "Paris"})
 
 
 class TestStreams:

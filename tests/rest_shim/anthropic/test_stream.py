@@ -105,8 +105,8 @@ def test_thinking_then_text_then_calls() -> None:
     assert [block.to_dict() for block in message.content] == [
         {"type": "thinking", "thinking": "hm", "signature": whole_answer.signature("hm")},
         {"type": "text", "text": "Let me see."},
-        {"type": "tool_use", "id": "call_1", "name": "f", "input": {"a": 1}},
-        {"type": "tool_use", "id": "call_2", "name": "g", "input": {}},
+        {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"a": 1}},
+        {"type": "tool_use", "id": "toolu_2", "name": "g", "input": {}},
     ]
     assert message.stop_reason == "tool_use"
     assert message.usage.output_tokens == 15
@@ -229,7 +229,7 @@ def test_every_order_of_events_keeps_the_grammar_and_loses_nothing(events: list[
     written: dict[str, str] = {}
     for event in events:
         if event.HasField("tool_call"):
-            name = f"call_{event.tool_call.call_index}"
+            name = f"toolu_{event.tool_call.call_index}"
             written[name] = written.get(name, "") + event.tool_call.arguments_json
     assert inputs == {name: json.loads(text) for name, text in written.items()}
 
