@@ -25,7 +25,7 @@ MAX_MODEL_NAME_CHARACTERS: Final = 512
 MAX_MESSAGES: Final = 16_384
 MAX_NAME_CHARACTERS: Final = 256
 MAX_CHOICES: Final = 16
-MAX_STOPS: Final = 16
+MAX_STOPS: Final = 64
 MAX_STOP_CHARACTERS: Final = 1_024
 MAX_TOP_LOGPROBS: Final = 20
 # More than any model's context.

@@ -139,7 +139,7 @@ class SamplingParams(_message.Message):
 
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts that end the answer and are not part of it. At most 16, none empty, each at most 1,024
+        """Texts that end the answer and are not part of it. At most 64, none empty, each at most 1,024
         characters.
         """
 

@@ -13,7 +13,7 @@ from rest_shim.errors import Refusal
 
 MAX_INT32 = 2**31 - 1
 MAX_INT64 = 2**63 - 1
-MAX_STOPS = 16
+MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024
 
 # Keeps the most probable token only, which is what top_p 0 means; the core takes values above 0.

@@ -102,7 +102,7 @@ def test_what_is_taken_is_described(name: str, value: object) -> None:
         ("ChatBody", {"messages": [{"role": "user", "content": "x"}]}),
         ("ChatBody", {"model": "m", "messages": [{"role": "user", "content": [{"type": "audio"}]}]}),
         ("ChatBody", {"model": "m", "messages": [{"role": "user", "content": "x"}], "seed": 2**63}),
-        ("ChatBody", {"model": "m", "messages": [{"role": "user", "content": "x"}], "stop": ["a"] * 17}),
+        ("ChatBody", {"model": "m", "messages": [{"role": "user", "content": "x"}], "stop": ["a"] * 65}),
         ("CompletionBody", {"model": "m", "prompt": []}),
         ("EmbeddingsBody", {"model": "m", "input": ""}),
         ("ResponsesResponseBody", {"input": [{"type": "web_search_call"}]}),

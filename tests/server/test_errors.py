@@ -94,7 +94,7 @@ BAD_FIELDS: list[tuple[str, Change]] = [
     ("sampling.logit_bias", lambda r: r.sampling.logit_bias.update({1: float("nan")})),
     ("sampling.max_tokens", lambda r: setattr(r.sampling, "max_tokens", 0)),
     ("sampling.top_logprobs", lambda r: setattr(r.sampling, "top_logprobs", 21)),
-    ("sampling.stop", lambda r: r.sampling.stop.extend(str(i) for i in range(17))),
+    ("sampling.stop", lambda r: r.sampling.stop.extend(str(i) for i in range(65))),
     ("sampling.stop[0]", lambda r: r.sampling.stop.append("")),
     ("sampling.stop[0]", lambda r: r.sampling.stop.append("x" * 1025)),
     ("choice_count", lambda r: setattr(r, "choice_count", 0)),

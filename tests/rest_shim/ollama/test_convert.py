@@ -54,6 +54,8 @@ def test_a_plain_request_leaves_every_setting_to_the_core() -> None:
         ({"num_predict": -2}, {"max_tokens": 2**31 - 1}),
         ({"num_predict": 0}, {"max_tokens": 2**31 - 1}),
         ({"stop": ["a"]}, {"stop": ["a"]}),
+        # Editors send a model's special tokens and a language's keywords.
+        ({"stop": [f"\n{i}" for i in range(64)]}, {"stop": [f"\n{i}" for i in range(64)]}),
         ({"seed": 7}, {"seed": 7}),
         ({"seed": 0}, {"seed": 0}),
         ({"seed": -1}, {}),
@@ -129,6 +131,7 @@ def test_recorded_texts(fields: dict[str, object], text: str) -> None:
         ({"options": {"repeat_penalty": 0}}, "options.repeat_penalty"),
         ({"options": {"repeat_last_n": -2}}, "options.repeat_last_n"),
         ({"options": {"stop": [""]}}, "options.stop[0]"),
+        ({"options": {"stop": ["a"] * 65}}, "options.stop"),
         ({"keep_alive": True}, "keep_alive"),
         ({"logprobs": "yes"}, "logprobs"),
         ({"format": 5}, "format"),

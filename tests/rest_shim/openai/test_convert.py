@@ -167,7 +167,7 @@ def test_service_fields_are_ignored() -> None:
         ({"stop": 1}, "stop"),
         ({"stop": [1]}, "stop[0]"),
         ({"stop": ["a", ""]}, "stop[1]"),
-        ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": ["a"] * 65}, "stop"),
         ({"n": 0}, "n"),
         ({"n": 17}, "n"),
         ({"stream": "yes"}, "stream"),
