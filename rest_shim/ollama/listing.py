@@ -103,7 +103,11 @@ def _expiry(expire_time: Timestamp) -> str:
 
 def show_json(model: model_pb2.Model) -> dict[str, object]:
     """/show: what is known of one model."""
-    info: dict[str, object] = {"general.architecture": model.architecture}
+    info: dict[str, object] = {
+        "general.architecture": model.architecture,
+        # What editors call the model in their menus.
+        "general.basename": model.id,
+    }
     if model.parameter_count:
         info["general.parameter_count"] = model.parameter_count
     if model.context_length:

@@ -84,6 +84,7 @@ def test_show() -> None:
     assert made["capabilities"] == ["completion", "thinking"]
     assert made["model_info"] == {
         "general.architecture": "llama",
+        "general.basename": MODEL,
         "general.parameter_count": 3_212_749_888,
         "llama.context_length": 131_072,
         "llama.embedding_length": 3072,
