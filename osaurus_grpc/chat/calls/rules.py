@@ -24,6 +24,7 @@ _OBJECT_KEYWORDS: Final = frozenset(
 _ANNOTATIONS: Final = frozenset(
     {"title", "description", "$schema", "$id", "$comment", "examples", "default", "strict"}
 )
+_CLOSING: Final = frozenset({"additionalProperties", "unevaluatedProperties"})
 _COMBINING: Final = frozenset(
     {"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "if", "dependentSchemas"}
 )
@@ -61,11 +62,21 @@ def checked_tool(tool: ToolSpec, index: int, *, is_strict: bool) -> CheckedTool:
     schema = json.loads(tool.schema_json)
     if not _COMBINING & schema.keys():
         schema.setdefault("type", "object")
-        if "properties" in schema:
+        if "properties" in schema and not _CLOSING & schema.keys():
             # Closed where the client does not say: models that are held to a form make up members.
-            schema.setdefault("additionalProperties", False)
+            schema |= {"additionalProperties": False, "properties": _declared(schema)}
     text = prepared(json.dumps(schema, ensure_ascii=False), strict=is_strict, field=field)
     return CheckedTool(tool, schema, text, field)
+
+
+def _declared(schema: Mapping[str, Any]) -> Any:
+    """The properties of an open object, with those that are required and not declared: of any value."""
+    properties, required = schema["properties"], schema.get("required")
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        # What is no schema is refused later.
+        return properties
+    missing = [name for name in required if isinstance(name, str) and name not in properties]
+    return {**properties, **{name: {} for name in missing}}
 
 
 class Rules:
