@@ -28,25 +28,30 @@ MAX_ALIASES: Final = 1_024
 MAX_ALIAS_CHARACTERS: Final = 200
 _LOCK_SECONDS: Final = 10.0
 # Ollama's clients name copies "name:tag" and "user/name".
-_SAFE_ALIAS: Final = re.compile(r"\w[\w.+\-/:]*")
+_SAFE_ALIAS: Final = re.compile(r"\w(?:[\w.+\-/:]*[\w.+\-])?")
 
 _NONE: Final[Mapping[str, str]] = MappingProxyType({})
 
 logger = logging.getLogger(__name__)
 
 
+def kept_form(name: str) -> str:
+    """The form in which an alias is kept and compared."""
+    return naming.normalized(naming.without_library(name))
+
+
 def check_alias(name: str, *, field: str) -> str:
-    """The form in which an alias is kept and compared.
+    """A new alias in the form in which it is kept.
 
     Raises:
         InvalidRequestError: The name is none that an alias can have.
     """
-    alias = naming.normalized(name)
+    alias = kept_form(name)
     is_sound = len(alias) <= MAX_ALIAS_CHARACTERS and bool(_SAFE_ALIAS.fullmatch(alias))
     if not is_sound or alias in naming.DEFAULT_NAMES:
         raise InvalidRequestError(
-            f"{field} must be a name of letters, digits and . _ - + / : that begins with a letter or digit, "
-            f"of at most {MAX_ALIAS_CHARACTERS} characters.",
+            f"{field} must be a name of letters, digits and . _ - + / : that begins with a letter or digit "
+            f"and does not end in / or :, of at most {MAX_ALIAS_CHARACTERS} characters.",
             field=field,
         )
     return alias

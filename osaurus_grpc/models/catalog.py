@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from osaurus_grpc.errors import ModelExistsError, ModelNotFoundError
 from osaurus_grpc.models import facts, naming
-from osaurus_grpc.models.aliases import AliasFile, check_alias
+from osaurus_grpc.models.aliases import AliasFile, check_alias, kept_form
 from osaurus_grpc.models.facts import Capability
 from osaurus_grpc.models.inspection import (
     CONFIG_FILE,
@@ -142,7 +142,7 @@ class Catalog:
 
     def find_listed(self, name: str) -> ModelEntry:
         """As find(), but an alias is found as listed() shows it."""
-        wanted = naming.normalized(name)
+        wanted = kept_form(name)
         for entry in self._alias_entries(self.entries()):
             if entry.id == wanted:
                 return entry
@@ -173,7 +173,7 @@ class Catalog:
     def remove_alias(self, name: str) -> bool:
         """Drop a second name; False where the name is none. Raises as AliasFile.remove()."""
         with self._lock:
-            return self._alias_file.remove(naming.normalized(name))
+            return self._alias_file.remove(kept_form(name))
 
     def find(self, name: str) -> ModelEntry:
         """The model that a request's name means.

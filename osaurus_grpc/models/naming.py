@@ -35,6 +35,14 @@ def normalized(name: str) -> str:
     return re.sub(r"\s+", "-", name.strip().lower()).removesuffix(_LATEST)
 
 
+def without_library(name: str) -> str:
+    """A name without "library/": where Ollama keeps what has no namespace of its own.
+
+    Its clients may write it before any name.
+    """
+    return name.strip()[len(_LIBRARY) :] if normalized(name).startswith(_LIBRARY) else name
+
+
 def basename_id(repo_id: str) -> str:
     """The id of a model whose basename is its own."""
     return normalized(repo_id.rpartition("/")[2])
@@ -140,9 +148,8 @@ def resolve(
         return _followed(default, models, aliases)
     if found := _followed(name, models, aliases):
         return found
-    # Where Ollama keeps what has no namespace of its own, and what its clients may write before a name.
-    short = name.strip()[len(_LIBRARY) :] if normalized(name).startswith(_LIBRARY) else ""
-    if short and (found := _followed(short, models, aliases)):
+    short = without_library(name)
+    if short not in ("", name) and (found := _followed(short, models, aliases)):
         return found
     return _followed(fallback, models, aliases) if fallback else None
 

@@ -58,6 +58,14 @@ def test_an_alias_may_change_its_meaning(catalog: Catalog) -> None:
     assert catalog.find("x").id == "alpha-4bit"
 
 
+def test_an_alias_in_ollamas_library_is_one_without(catalog: Catalog) -> None:
+    assert catalog.add_alias("library/alpha", "library/Fast:latest").id == "fast"
+    assert catalog.find("fast").id == catalog.find("library/fast").id == "alpha-4bit"
+    assert catalog.find_listed("library/fast").id == "fast"
+    assert catalog.remove_alias("library/fast")
+    assert not catalog.remove_alias("fast")
+
+
 @pytest.mark.parametrize("name", ["beta", "BETA:latest", "org/alpha-4bit", "configured"])
 def test_a_name_that_is_taken(catalog: Catalog, name: str) -> None:
     source = "beta" if name == "org/alpha-4bit" else "alpha-4bit"
@@ -70,7 +78,9 @@ def test_a_model_is_no_alias_of_itself(catalog: Catalog) -> None:
         catalog.add_alias("beta", "beta")
 
 
-@pytest.mark.parametrize("name", ["", "default", "../up", "-x", "x" * 201, ".hidden", "a b\x00"])
+@pytest.mark.parametrize(
+    "name", ["", "default", "../up", "-x", "x" * 201, ".hidden", "a b\x00", "a/", "a:", "library/"]
+)
 def test_a_name_that_cannot_be(catalog: Catalog, tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidRequestError) as raised:
         catalog.add_alias("beta", name)
