@@ -319,12 +319,14 @@ def _parts(
 
 
 def _image(source: schema.ImageSource, path: str) -> chat_pb2.ImageContent:
-    if source.type != "base64":
+    if source.type == "url":
         raise _refused(
             path,
             "remote images are not fetched, unless the server was started with --allow-image-urls; send the "
             "image in base64.",
         )
+    if source.type != "base64":
+        raise _refused(f"{path}.type", "only images of the type 'base64' or 'url' are supported.")
     try:
         data = base64.b64decode(source.data, validate=True)
     except (binascii.Error, ValueError):

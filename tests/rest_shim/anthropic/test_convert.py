@@ -237,6 +237,11 @@ def test_output_formats() -> None:
         ),
         (
             {"messages": [{"role": "user", "content": [
+                {"type": "image", "source": {"type": "file", "file_id": "file_1"}}]}]},
+            "messages[0].content[0].source.type",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [
                 {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "@"}}]}]},
             "messages[0].content[0].source.data",
         ),
