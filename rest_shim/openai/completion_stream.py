@@ -124,8 +124,8 @@ class CompletionEncoder:
             return "null"
         if index not in self._logprobs:
             self._logprobs[index] = LegacyLogprobs()
-            self._logprobs[index].take_prompt(self._prompts.get(place, ()), text)
-        self._logprobs[index].take(tokens)
+            text = self._logprobs[index].take_prompt(self._prompts.get(place, ()), text)
+        self._logprobs[index].take(tokens, text)
         return dump(self._logprobs[index].told())
 
     def _chunk(self, index: int, text: str, reason: str, logprobs: str = "null") -> bytes:

@@ -121,10 +121,9 @@ def _choice_json(
     logprobs = None
     if choice.HasField("logprobs"):
         legacy = LegacyLogprobs()
-        legacy.take_prompt(prompt, choice.text)
-        legacy.take(choice.logprobs.tokens)
+        legacy.take(choice.logprobs.tokens, legacy.take_prompt(prompt, choice.text))
         if prompt and choice.HasField("end_logprob"):
-            legacy.take([choice.end_logprob])
+            legacy.take([choice.end_logprob], "")
         logprobs = legacy.told()
     return {
         "text": choice.text,

@@ -174,7 +174,7 @@ def test_field_names_of_the_core(field: str, param: str) -> None:
 class TestLogprobs:
     def test_the_legacy_shape(self) -> None:
         shape = LegacyLogprobs()
-        shape.take([chosen(b" a", b" b"), chosen(b"cd", b"cd", b"x")])
+        shape.take([chosen(b" a", b" b"), chosen(b"cd", b"cd", b"x")], " acd")
         assert shape.told() == {
             "tokens": [" a", "cd"],
             "token_logprobs": [-0.5, -0.5],
@@ -184,11 +184,30 @@ class TestLogprobs:
 
     def test_offsets_go_on_and_count_whole_characters(self) -> None:
         shape = LegacyLogprobs()
-        shape.take([chosen(b"\xe2\x82"), chosen(b"\xac!")])
+        shape.take([chosen(b"\xe2\x82"), chosen(b"\xac!")], "\u20ac!")
         first = shape.told()
         assert (first["tokens"], first["text_offset"]) == (["bytes:\\xe2\\x82", "bytes:\\xac\\x21"], [0, 0])
-        shape.take([chosen(b"z")])
+        shape.take([chosen(b"z")], "z")
         assert shape.told()["text_offset"] == [2]
+
+    @pytest.mark.parametrize(
+        ("pieces", "offsets"),
+        [
+            # Names of control tokens are not in the text.
+            ([([b"<|im_start|>", b"ass", b"istant", b"<|im_end|>", b"!"], "assistant!")], [0, 0, 3, 9, 9]),
+            ([([b"a"], "a"), ([b"<s>", b"b"], "b"), ([b"<s>", b"<s>"], "")], [0, 1, 1, 2, 2]),
+            # What may become a stop text is held back, also in the middle of a token.
+            ([([b"ax"], "a"), ([b"yb", b"c"], "xybc")], [0, 2, 4]),
+            ([([b"ax"], "a"), ([], "x"), ([b"b"], "b")], [0, 2]),
+        ],
+    )
+    def test_offsets_are_places_in_the_text(
+        self, pieces: list[tuple[list[bytes], str]], offsets: list[int]
+    ) -> None:
+        shape = LegacyLogprobs()
+        for tokens, text in pieces:
+            shape.take([chosen(token) for token in tokens], text)
+        assert shape.told()["text_offset"] == offsets
 
     @pytest.mark.parametrize(
         ("tokens", "text", "offsets"),
@@ -202,8 +221,8 @@ class TestLogprobs:
     )
     def test_a_prompt_that_is_echoed(self, tokens: list[bytes], text: str, offsets: list[int]) -> None:
         shape = LegacyLogprobs()
-        shape.take_prompt(scored(*tokens), text + " a")
-        shape.take([chosen(b" a")])
+        assert shape.take_prompt(scored(*tokens), text + " a") == " a"
+        shape.take([chosen(b" a")], " a")
         told = shape.told()
         assert told["text_offset"] == offsets
         # The first token has nothing before it.
