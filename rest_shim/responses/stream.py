@@ -96,6 +96,7 @@ class ResponseEncoder:
         self._output: list[dict[str, object]] = []
         self._open: _Message | _Reasoning | _Call | None = None
         self._status: resource.ResponseStatus = "completed"
+        self._completed: int | None = None
         self._is_begun = False
         self._is_complete = False
 
@@ -105,9 +106,9 @@ class ResponseEncoder:
         return self._is_complete
 
     def final(self, completed: chat_pb2.ChatCompleted) -> dict[str, object]:
-        """The resource at the end, once the answer has finished."""
+        """The resource at the end, once the answer has finished; the same however often it is asked for."""
         return self._draft.resource(
-            self._status, self._output, usage=completed.usage, completed=int(time.time())
+            self._status, self._output, usage=completed.usage, completed=self._completed
         )
 
     def encode(self, event: chat_pb2.ChatStreamResponse) -> bytes:
@@ -222,6 +223,7 @@ class ResponseEncoder:
     def _finish(self, reason: sampling_pb2.FinishReason.ValueType) -> bytes:
         status = resource.status_of(reason)
         self._status = status
+        self._completed = int(time.time())
         frames = b""
         if self._open is None and not self._output:
             # An answer without anything is an empty text.

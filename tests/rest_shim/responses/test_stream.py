@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -111,6 +113,17 @@ def test_a_text() -> None:
     assert item["content"][0]["text"] == "I'm doing"
     assert events[2]["item"]["content"] == []  # type: ignore[index]  # JSON
     assert {event["item_id"] for event in events if "item_id" in event} == {item["id"]}
+
+
+def test_what_is_kept_is_what_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(1234567890)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    made = encoder()
+    for event in (started("tiny"), content("Hi"), finished()):
+        made.encode(event)
+    kept = made.final(completed().completed)
+    (told,) = [frame for frame in made.encode(completed()).decode().splitlines() if '"response"' in frame]
+    assert json.loads(told.removeprefix("data: "))["response"] == kept
 
 
 def test_reasoning_text_and_calls_follow_each_other() -> None:
