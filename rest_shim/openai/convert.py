@@ -52,8 +52,8 @@ def _check(body: schema.ChatBody) -> None:
         raise Refusal(400, "'stream_options' is only allowed when 'stream' is true.", param="stream_options")
     if body.top_logprobs is not None and not body.logprobs:
         raise Refusal(400, "'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs")
-    if "audio" in body.modalities:
-        raise Refusal(400, "'modalities' may hold 'text' only; there is no audio.", param="modalities")
+    if any(modality != "text" for modality in body.modalities):
+        raise Refusal(400, "'modalities' may hold 'text' only; answers are texts.", param="modalities")
     if body.functions and not body.tools:
         raise Refusal(400, "'functions' is not supported; send them as 'tools'.", param="functions")
     if body.tool_choice is not None:

@@ -202,6 +202,7 @@ def test_service_fields_are_ignored() -> None:
         ({"tool_choice": allowed("get_weather")}, "tool_choice"),
         ({"reasoning_effort": "enormous"}, "reasoning_effort"),
         ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"modalities": ["image"]}, "modalities"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"messages": [USER, {"role": "function", "content": "x"}]}, "messages[1].name"),
         ({"messages": [{"role": "function", "name": "f"}]}, "messages[0].content"),
