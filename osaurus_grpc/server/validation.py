@@ -38,6 +38,8 @@ MAX_DURATION_SECONDS: Final = 315_576_000_000
 MAX_DURATION_NANOS: Final = 999_999_999
 
 _TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
+# Of JSON schema's types, those that no call's arguments have.
+_OTHER_TYPES: Final = ("null", "boolean", "integer", "number", "string", "array")
 _KNOWN_ROLES: Final = frozenset(chat_pb2.Role.values()) - {chat_pb2.ROLE_UNSPECIFIED}
 _SEEING_ROLES: Final = frozenset({chat_pb2.ROLE_USER, chat_pb2.ROLE_TOOL})
 _KNOWN_TOOL_CHOICES: Final = frozenset(chat_pb2.ToolChoiceMode.values())
@@ -212,12 +214,27 @@ def _refuse_constant(name: str) -> Never:
     raise ValueError(name)
 
 
-def _is_json_object(text: str) -> bool:
+def _json_object(text: str) -> dict[str, object] | None:
+    """A JSON object from its text; None where it is none."""
     try:
         # NaN and Infinity are Python's own; JSON has none.
-        return isinstance(json.loads(text, parse_constant=_refuse_constant), dict)
+        value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
-        return False
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _parameters_fault(text: str) -> str:
+    """What makes a text no schema of a call's arguments, which are an object; "" where it may be one."""
+    schema = _json_object(text)
+    if schema is None:
+        return "must be a JSON object."
+    kind = schema.get("type")
+    kinds = kind if isinstance(kind, list) else [kind]
+    # What is no type at all is told by the grammar's compiler, with its place.
+    if all(kind in _OTHER_TYPES for kind in kinds):
+        return 'must be the schema of an object: its "type" must be "object".'
+    return ""
 
 
 def _tool_violations(request: chat_pb2.ChatRequest) -> Iterator[FieldViolation]:
@@ -232,8 +249,8 @@ def _tool_violations(request: chat_pb2.ChatRequest) -> Iterator[FieldViolation]:
         seen.add(tool.function.name)
         if not _TOOL_NAME.fullmatch(tool.function.name):
             yield _violation(f"{path}.name", 'must have 1 to 128 characters of A-Z, a-z, 0-9, "_", "-", ".".')
-        if tool.function.parameters_json and not _is_json_object(tool.function.parameters_json):
-            yield _violation(f"{path}.parameters_json", "must be a JSON object.")
+        if tool.function.parameters_json and (wrong := _parameters_fault(tool.function.parameters_json)):
+            yield _violation(f"{path}.parameters_json", wrong)
     choice = request.tool_choice
     if choice.mode not in _KNOWN_TOOL_CHOICES:
         yield _violation("tool_choice.mode", "is not a known mode.")
@@ -269,7 +286,7 @@ def _template_violations(request: chat_pb2.ChatRequest) -> Iterator[FieldViolati
     field = "chat_template_kwargs_json"
     if len(arguments) > MAX_TEMPLATE_ARGUMENTS_CHARACTERS:
         yield _violation(field, f"must have at most {MAX_TEMPLATE_ARGUMENTS_CHARACTERS} characters.")
-    elif arguments and not _is_json_object(arguments):
+    elif arguments and _json_object(arguments) is None:
         yield _violation(field, "must be a JSON object.")
     yield from _text_violations("reasoning_effort", request.reasoning_effort, MAX_NAME_CHARACTERS)
 

@@ -263,7 +263,7 @@ class FunctionTool(_message.Message):
     description: _builtins.str
     """What it does, for the model."""
     parameters_json: _builtins.str
-    """JSON Schema of its arguments as JSON text; empty means no arguments."""
+    """JSON Schema of its arguments, an object, as JSON text; empty means no arguments."""
     strict: _builtins.bool
     """Hold the model to the schema while decoding. Default false."""
     def __init__(

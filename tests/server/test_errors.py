@@ -113,6 +113,8 @@ BAD_FIELDS: list[tuple[str, Change]] = [
     ("reasoning_effort", lambda r: setattr(r, "reasoning_effort", "x" * 257)),
     ("tools[0].function.name", lambda r: _tool(r, name="no spaces")),
     ("tools[0].function.parameters_json", lambda r: _tool(r, parameters="{")),
+    ("tools[0].function.parameters_json", lambda r: _tool(r, parameters='{"type": "array"}')),
+    ("tools[0].function.parameters_json", lambda r: _tool(r, parameters='{"type": ["string", "null"]}')),
     ("tools[1].function.name", lambda r: (_tool(r), _tool(r))),
     ("messages[2].tool_call_id", lambda r: _answered_call(r, "call_2")),
     ("tool_choice", lambda r: setattr(r.tool_choice, "mode", chat_pb2.TOOL_CHOICE_MODE_REQUIRED)),
