@@ -15,22 +15,27 @@ from osaurus_grpc.engine.types import SamplingParams
 _FIRST_LOOK = 512
 
 
-def draw_token(
-    logits: npt.NDArray[np.float32], params: SamplingParams, draw: float, *, truncates: bool
-) -> int:
-    """One token by inverting the cumulative distribution.
+def draw_token(logits: npt.NDArray[np.float32], params: SamplingParams, key: int, *, truncates: bool) -> int:
+    """One token: the first in a race in which each arrives after an exponential time, at its weight's rate.
 
     Args:
         logits: Shape (vocab_size,); -inf is never chosen.
         params: Their temperature is above 0.
-        draw: In [0, 1).
+        key: As race() takes it.
         truncates: Whether top_k, top_p or min_p leave something out.
     """
     shifted = logits - logits.max()
+    times = race(key, len(logits))
     if not truncates:
-        return _invert(_weights(shifted, params.temperature), draw)
+        return int((_weights(shifted, params.temperature) / times).argmax())
     order = _kept(shifted, params)
-    return int(order[_invert(_weights(shifted[order], params.temperature), draw)])
+    return int(order[(_weights(shifted[order], params.temperature) / times[order]).argmax()])
+
+
+def race(key: int, vocab_size: int) -> npt.NDArray[np.float64]:
+    """Exponentially distributed times of all tokens, given by a key of 64 bits."""
+    # float64: the times that matter are those near 0, where float32 would have ties.
+    return np.random.Generator(np.random.SFC64(key)).standard_exponential(vocab_size)
 
 
 def _kept(shifted: npt.NDArray[np.float32], params: SamplingParams) -> npt.NDArray[np.intp]:
@@ -71,9 +76,3 @@ def _weights(shifted: npt.NDArray[np.float32], temperature: float) -> npt.NDArra
     with np.errstate(over="ignore"):  # a cold temperature makes -inf of a low logit
         weights: npt.NDArray[np.float32] = np.exp(shifted / np.float32(temperature))
     return weights
-
-
-def _invert(weights: npt.NDArray[np.float32], draw: float) -> int:
-    """Index at which the cumulative sum passes a share of its total; never one of weight 0."""
-    cumulative = np.cumsum(weights, dtype=np.float64)
-    return int(np.searchsorted(cumulative, draw * cumulative[-1], side="right"))

@@ -1,13 +1,17 @@
 """From a batch of logits to one token a row, each row with settings of its own.
 
 A row's randomness comes from a counter on the host: the n-th token of a sequence uses the n-th
-number of a generator seeded with the sequence's seed, so neither the other rows nor a rebuilt batch
-change what a seeded request says. A token is drawn by inverting the cumulative distribution at that
-number, over the vocabulary or over the candidates that top_k, top_p and min_p leave.
+key of a generator seeded with the sequence's seed, so neither the other rows nor a rebuilt batch
+change what a seeded request says. The key gives each token of the vocabulary noise of its own, and the
+token of the largest sum of logit and noise is taken (Gumbel's trick), of the vocabulary or of the
+candidates that top_k, top_p and min_p leave. Logits that differ in their last bits, as those of one
+prompt do by what of it was cached and what runs beside it, then give the same token but where two sums
+are that near. (Inverting the cumulative distribution at one number does not: each of thousands of
+improbable tokens ends at a border that all the tokens before it move.)
 
-Rows of one kind are computed together: greedy rows by one argmax, plain rows by one cumulative sum,
-rows that truncate the distribution by one sort. Where the device is the CPU, rows that are not greedy
-are drawn on the host instead (host_sampling).
+Rows of one kind are computed together: greedy rows by one argmax, plain rows by another, rows that
+truncate the distribution by one sort. Where the device is the CPU, rows that are not greedy are drawn on
+the host instead (host_sampling).
 
 A row under a constraint is sampled from what its mask leaves, after penalties and bias; the
 log-probabilities reported are those before the mask. Its mask needs the token that was fed, the pass
@@ -32,8 +36,9 @@ from osaurus_grpc.engine.penalties import DevicePenalties, Penalties, apply_on_h
 from osaurus_grpc.engine.types import Constraint, SamplingParams
 from osaurus_grpc.models.platform import mx
 
-# The largest float32 below 1: a draw that rounds to 1 would pass no cumulative sum.
-_LARGEST_DRAW = 1.0 - 2.0**-24
+_KEY_BITS = 64
+# Half the distance of MLX's uniform numbers: added to them, none is 0.
+_HALF_STEP = 2.0**-33
 # Below this a row is greedy: the inverse of a denormal temperature is no float32.
 _COLDEST_TEMPERATURE = 1e-6
 # By row: a bit a token, uint32, shape (words,).
@@ -90,11 +95,11 @@ class RowSampler:
         self.needs_host = _IS_HOST and not (self.is_greedy and self.penalties is None)
         self._random = random.Random(seed)  # noqa: S311  (reproducible sampling, not secrets)
         for _ in generated:
-            self._random.random()
+            self.draw()
 
-    def draw(self) -> float:
-        """The number in [0, 1) at which this step's cumulative distribution is inverted."""
-        return min(self._random.random(), _LARGEST_DRAW)
+    def draw(self) -> int:
+        """The key of this step's noise."""
+        return self._random.getrandbits(_KEY_BITS)
 
     @property
     def is_bare(self) -> bool:
@@ -102,7 +107,7 @@ class RowSampler:
         return self.is_greedy and self.penalties is None and self.guard is None and self.top_logprobs is None
 
     def shadow(self) -> RowSampler:
-        """One that draws with the numbers that are next here, for guesses: free of penalties and masks."""
+        """One that draws with the keys that are next here, for guesses: free of penalties and masks."""
         made = copy.copy(self)
         made.guard = made.penalties = made.top_logprobs = None
         made._random = random.Random()  # noqa: S311  (as above)
@@ -209,11 +214,11 @@ class BatchSampler:
         if self._greedy:
             parts.append(mx.argmax(_take(logits, self._greedy), axis=-1))
         if self._plain:
-            draws = _column([rows[i].draw() for i in self._plain])
-            parts.append(_sample_plain(_take(logits, self._plain), self._inverse_temperature, draws))
+            noise = gumbel([rows[i].draw() for i in self._plain], logits.shape[1])
+            parts.append(_sample_plain(_take(logits, self._plain), self._inverse_temperature, noise))
         if self._truncation is not None:
-            draws = _column([rows[i].draw() for i in self._truncating])
-            parts.append(_sample_truncated(_take(logits, self._truncating), self._truncation, draws))
+            noise = gumbel([rows[i].draw() for i in self._truncating], logits.shape[1])
+            parts.append(_sample_truncated(_take(logits, self._truncating), self._truncation, noise))
         tokens = parts[0] if len(parts) == 1 else mx.concatenate(parts)
         return tokens if self._order is None else tokens[self._order]
 
@@ -279,28 +284,22 @@ def _take(logits: mx.array, indices: list[int]) -> mx.array:
     return logits if len(indices) == logits.shape[0] else logits[mx.array(indices)]
 
 
-def _invert(weights: mx.array, draws: mx.array) -> mx.array:
-    """Index at which the cumulative sum of unnormalised weights passes a share of its total.
-
-    Args:
-        weights: Not negative, shape (rows, n).
-        draws: In [0, 1), shape (rows, 1).
-
-    Returns:
-        uint32, shape (rows,). An index of weight 0 is never chosen: the first sum that exceeds the
-        share belongs to a positive weight, and draws are below 1.
-    """
-    cumulative = mx.cumsum(weights, axis=-1)
-    return mx.argmax(cumulative > draws * cumulative[:, -1:], axis=-1)
+def gumbel(keys: Sequence[int], vocab_size: int) -> mx.array:
+    """Gumbel noise of all tokens, a row a key of 64 bits. float32, shape (len(keys), vocab_size)."""
+    uniform = mx.concatenate(
+        [mx.random.uniform(shape=(1, vocab_size), key=mx.random.key(key)) for key in keys]
+    )
+    # The largest noise comes of the numbers near 0, which float32 tells apart, unlike those near 1.
+    return -mx.log(-mx.log1p(-(uniform + _HALF_STEP)))
 
 
-def _sample_plain(logits: mx.array, inverse_temperature: mx.array, draws: mx.array) -> mx.array:
-    """Draw from the whole distribution. Shapes (rows, vocab_size), (rows, 1), (rows, 1)."""
+def _sample_plain(logits: mx.array, inverse_temperature: mx.array, noise: mx.array) -> mx.array:
+    """Draw from the whole distribution. Shapes (rows, vocab_size), (rows, 1), (rows, vocab_size)."""
     scaled = (logits - mx.max(logits, axis=-1, keepdims=True)) * inverse_temperature
-    return _invert(mx.exp(scaled), draws)
+    return mx.argmax(scaled + noise, axis=-1)
 
 
-def _sample_truncated(logits: mx.array, truncation: _Truncation, draws: mx.array) -> mx.array:
+def _sample_truncated(logits: mx.array, truncation: _Truncation, noise: mx.array) -> mx.array:
     """Draw from what top_k, top_p and min_p leave of the distribution at its temperature.
 
     top_p and min_p look at the probabilities before temperature, as mlx-lm's samplers do; each row
@@ -318,6 +317,6 @@ def _sample_truncated(logits: mx.array, truncation: _Truncation, draws: mx.array
         & (mass_before < truncation.top_p * total)
         & (shifted >= truncation.log_min_p)
     ) | (rank == 0)
-    weights = mx.where(kept, mx.exp(shifted * truncation.inverse_temperature), 0.0)
-    chosen = _invert(weights, draws)
+    scores = shifted * truncation.inverse_temperature + mx.take_along_axis(noise, order, axis=-1)
+    chosen = mx.argmax(mx.where(kept, scores, -mx.inf), axis=-1)
     return mx.take_along_axis(order, chosen[:, None], axis=-1)[:, 0]

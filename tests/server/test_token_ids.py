@@ -14,7 +14,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 async def test_the_prompts_and_the_answers_tokens(inference: Any) -> None:
-    chat = chat_request(temperature=1.0, seed=5)
+    chat = chat_request(temperature=1.0, seed=8)
     chat.choice_count = 2
     plain = await inference.Chat(chat)
     chat.include_token_ids = True
