@@ -198,8 +198,8 @@ class ResponsesRoutes:
         limit, order = _page_size(request), request.query.get("order", "desc")
         if order not in {"asc", "desc"}:
             raise Refusal(400, "Invalid 'order': must be 'asc' or 'desc'.", param="order")
-        stored = await self._store.get(request.match_info["id"], caller_of(request))
-        found = list(stored.input) if order == "asc" else list(reversed(stored.input))
+        found = await self._store.input_items(request.match_info["id"], caller_of(request))
+        found = found if order == "asc" else found[::-1]
         after = request.query.get("after")
         if after is not None:
             places = [place for place, item in enumerate(found) if item["id"] == after]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 
 from rest_shim.backend import Backend, Caller
 from rest_shim.errors import CoreError, Refusal
@@ -79,22 +81,51 @@ class ResponseStore:
             Refusal: One of them is gone, or they are too many.
             CoreError: The core cannot be asked.
         """
-        turns: list[list[object]] = []
-        size = 0
-        wanted = response_id
-        while wanted is not None:
-            try:
-                stored, read = await self._read(wanted, caller)
-            except Refusal:
-                raise _no_history(response_id or "") from None
+        turns: list[Sequence[object]] = []
+        try:
+            async for turn in self._turns_back(response_id, caller):
+                turns.append(turn)
+        except Refusal as refusal:
+            if refusal.status != HTTPStatus.NOT_FOUND:
+                raise
+            raise _no_history(response_id or "") from None
+        return STORED_ITEMS.validate_python([item for turn in reversed(turns) for item in turn])
+
+    async def input_items(self, response_id: str, caller: Caller) -> Sequence[Mapping[str, object]]:
+        """The items that a response was made of, oldest first and each once.
+
+        They are those of the turns that it continues, as far as these are kept, and its own.
+
+        Raises:
+            Refusal: There is no response of that id.
+            CoreError: The core cannot be asked.
+        """
+        stored = await self.get(response_id, caller)
+        turns = [stored.input]
+        with contextlib.suppress(Refusal):
+            async for turn in self._turns_back(_previous(stored), caller):
+                turns.append(turn)
+        return list({item["id"]: item for turn in reversed(turns) for item in turn}.values())
+
+    async def _turns_back(
+        self, response_id: str | None, caller: Caller
+    ) -> AsyncIterator[Sequence[Mapping[str, object]]]:
+        """The items of a response and of those that it continues, turn by turn, newest first.
+
+        Raises:
+            Refusal: One of them is gone, or they are too many.
+            CoreError: The core cannot be asked.
+        """
+        count = size = 0
+        while response_id is not None:
+            stored, read = await self._read(response_id, caller)
+            count += 1
             size += read
-            if len(turns) >= MAX_TURNS or size > MAX_HISTORY_BYTES:
+            if count > MAX_TURNS or size > MAX_HISTORY_BYTES:
                 text = "The conversation is too long to be continued by its id; send its items instead."
                 raise Refusal(400, text, param="previous_response_id")
-            turns.append(_items_of(stored))
-            previous = stored.resource.get("previous_response_id")
-            wanted = previous if isinstance(previous, str) else None
-        return STORED_ITEMS.validate_python([item for turn in reversed(turns) for item in turn])
+            yield _items_of(stored)
+            response_id = _previous(stored)
 
     async def items(self, item_ids: Sequence[str], caller: Caller) -> Mapping[str, Item]:
         """Items of any responses, by id; those that are not found are left out.
@@ -126,7 +157,12 @@ class ResponseStore:
         return StoredResponse(resource=record["response"], input=record["input"]), len(content)
 
 
-def _items_of(stored: StoredResponse) -> list[object]:
+def _previous(stored: StoredResponse) -> str | None:
+    previous = stored.resource.get("previous_response_id")
+    return previous if isinstance(previous, str) else None
+
+
+def _items_of(stored: StoredResponse) -> list[Mapping[str, object]]:
     output = stored.resource.get("output")
     return [*stored.input, *(output if isinstance(output, list) else ())]
 

@@ -129,6 +129,38 @@ class TestInputItems:
         nothing = await self.page(http, path, order="asc", after=str(rest["last_id"]))
         assert (nothing["data"], nothing["first_id"], nothing["last_id"]) == ([], None, None)
 
+    async def test_of_a_response_that_continues_others(self, http: aiohttp.ClientSession) -> None:
+        first = await create(http, "one")
+        second = await create(http, "two", previous_response_id=first["id"])
+        third = await create(http, "three", previous_response_id=second["id"])
+        path = f"{PATH}/{third['id']}/input_items"
+        outputs = [made["output"][0]["id"] for made in (first, second)]  # type: ignore[index]  # JSON
+
+        async def said(**query: str) -> list[Any]:
+            items: Any = (await self.page(http, path, order="asc", **query))["data"]
+            return [item["id"] if item["id"] in outputs else item["content"][0]["text"] for item in items]
+
+        assert await said() == ["one", outputs[0], "two", outputs[1], "three"]
+        assert await said(after=outputs[0]) == ["two", outputs[1], "three"]
+        # What is gone is not shown, and what is there still is.
+        async with http.delete(f"{PATH}/{first['id']}") as response:
+            assert response.status == 200
+        assert await said() == ["two", outputs[1], "three"]
+
+    async def test_an_item_that_came_twice_is_listed_once(self, http: aiohttp.ClientSession) -> None:
+        """Paging by a cursor would not end otherwise."""
+        first = await create(http, "one")
+        named = {"type": "item_reference", "id": first["output"][0]["id"]}  # type: ignore[index]  # JSON
+        made = await create(http, [named, named], previous_response_id=first["id"])
+        ids, after = [], {}
+        for _ in range(4):
+            page = await self.page(http, f"{PATH}/{made['id']}/input_items", limit="1", **after)
+            ids += [item["id"] for item in page["data"]]  # type: ignore[attr-defined]  # JSON
+            after = {"after": str(page["last_id"])}
+            if not page["has_more"]:
+                break
+        assert (len(ids), ids.count(named["id"])) == (2, 1)
+
     @pytest.mark.parametrize(
         ("name", "value"),
         [
