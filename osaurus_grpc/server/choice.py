@@ -68,6 +68,7 @@ class Choice:
         self._index = index
         self._assembler = Assembler(tokenizer, stop=stop, context=context, shown=shown, reader=reader)
         self._has_stops = bool(stop)
+        self._has_marks = reader is not None
         self._length_reason = length_reason
         self._end_tokens = end_tokens
         self._wants_logprobs = wants_logprobs
@@ -171,8 +172,9 @@ class Choice:
             events.append(self._delta(text, count))
         if end is None:
             return events
-        # Tokens cut off by a stop text stay unsent; any others had no text of their own.
-        if self._pending and end.cause is not AnswerEnd.STOP_SEQUENCE:
+        # Tokens cut off by a stop text stay unsent, and so do the marks at the end of a call or of what
+        # was cut off to be one; any others had no text of their own.
+        if self._pending and end.cause is not AnswerEnd.STOP_SEQUENCE and not self._has_marks:
             events.append(self._delta("", len(self._pending)))
         self.is_finished = True
         finished = chat_pb2.ChoiceFinished(

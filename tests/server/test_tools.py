@@ -100,10 +100,22 @@ async def test_calls_share_a_batch_with_free_answers(inference: Any) -> None:
 @pytest.mark.parametrize("max_tokens", [1, 2, 4, 8, 18])
 async def test_a_call_that_is_cut_off_says_so(inference: Any, max_tokens: int) -> None:
     """What came of its name and its marks is no text of the answer's."""
-    (choice,) = (await inference.Chat(request(FUNCTION, max_tokens=max_tokens))).choices
+    (choice,) = (await inference.Chat(request(FUNCTION, max_tokens=max_tokens, top_logprobs=0))).choices
 
     assert choice.finish_reason == sampling_pb2.FINISH_REASON_LENGTH
     assert not "".join(part.text for part in choice.message.content)
+    assert not choice.logprobs.tokens
+
+
+async def test_log_probabilities_are_those_of_the_content(inference: Any) -> None:
+    """And there is none where there are calls only; the marks behind the last one are no content."""
+    chat = request(FUNCTION, top_logprobs=0)
+    (choice,) = (await inference.Chat(chat)).choices
+    require_calls(choice)
+    assert choice.HasField("logprobs")
+    assert not choice.logprobs.tokens
+    events = [event async for event in inference.ChatStream(stream_request(chat))]
+    assert not any(event.content.logprobs for event in events)
 
 
 async def test_a_schema_that_cannot_be_enforced_is_named(inference: Any) -> None:
