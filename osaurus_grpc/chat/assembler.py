@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import string
 from collections import deque
@@ -106,8 +107,8 @@ class Assembler:
         """Takes generated tokens, the end-of-sequence token not among them.
 
         Returns:
-            Deltas, no two neighbours of one kind, and the end where a stop string was met; nothing
-            once finished.
+            Deltas, no two neighbours of one kind but for texts with marks between them, and the end
+            where a stop string was met; nothing once finished.
         """
         if self._is_finished:
             return []
@@ -188,14 +189,15 @@ class Assembler:
 
     def _content(self, piece: Piece, events: list[AnswerDelta]) -> str | None:
         if self._matcher is None:
-            events.append(TextDelta(piece.text, self._count(piece.end)))
+            events.append(self._text(piece.text, piece.start, piece.end))
             return None
         if not self._is_holding:
             self._held_start = piece.start
         result = self._matcher.feed(piece.text)
         if result.text:
+            start = self._held_start
             self._held_start += len(result.text)
-            events.append(TextDelta(result.text, self._count(self._held_start)))
+            events.append(self._text(result.text, start, self._held_start))
         self._is_holding = self._held_start < piece.end
         return result.matched
 
@@ -203,10 +205,11 @@ class Assembler:
         """Lets go the content that might have become a stop string."""
         if self._matcher is not None and self._is_holding:
             text = self._matcher.flush()
+            start = self._held_start
             self._held_start += len(text)
             self._is_holding = False
             if text:
-                events.append(TextDelta(text, self._count(self._held_start)))
+                events.append(self._text(text, start, self._held_start))
 
     def _other(self, piece: Piece, events: list[AnswerDelta]) -> None:
         match piece.kind:
@@ -233,6 +236,15 @@ class Assembler:
             case _ as unreachable:
                 assert_never(unreachable)
 
+    def _text(self, text: str, start: int, end: int) -> TextDelta:
+        """Content from one place to another; tokens that end before it, and are not out, are marks."""
+        marks = 0
+        for begin, following in itertools.pairwise(self._starts):
+            if begin >= start or following > start:
+                break
+            marks += 1
+        return TextDelta(text, self._count(end), marks)
+
     def _count(self, end: int) -> int:
         """Takes the tokens whose text begins before a place."""
         count = 0
@@ -253,8 +265,9 @@ def _merged(events: Sequence[AnswerDelta]) -> list[AnswerDelta]:
     for event in events:
         last = merged[-1] if merged else None
         match last, event:
-            case TextDelta(), TextDelta():
-                merged[-1] = TextDelta(last.text + event.text, last.token_count + event.token_count)
+            case TextDelta(), TextDelta() if not event.mark_count:
+                count = last.token_count + event.token_count
+                merged[-1] = TextDelta(last.text + event.text, count, last.mark_count)
             case ReasoningDelta(), ReasoningDelta():
                 merged[-1] = ReasoningDelta(last.text + event.text, last.token_count + event.token_count)
             case ToolArgumentsDelta(), ToolArgumentsDelta() if last.index == event.index:

@@ -116,10 +116,13 @@ class TextDelta:
             of all kinds, partition a prefix of its tokens. A token that adds no text of its own (a
             special token, the first bytes of a character, a mark around a call) counts with what
             follows it.
+        mark_count: How many of these, the first, are marks of something else, and white space around
+            them.
     """
 
     text: str
     token_count: int
+    mark_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,22 +154,22 @@ class Choice:
     def _events(self, answer: Sequence[AnswerEvent]) -> list[chat_pb2.ChatStreamResponse]:
         events: list[chat_pb2.ChatStreamResponse] = []
         text = ""
-        count = 0
+        count = marks = 0
         end: AnswerFinished | None = None
         for event in answer:
+            if text and not (isinstance(event, TextDelta) and not event.mark_count):
+                events.append(self._delta(text, count, marks))
+                text, count, marks = "", 0, 0
             if isinstance(event, TextDelta):
                 text += event.text
                 count += event.token_count
-                continue
-            if text:
-                events.append(self._delta(text, count))
-                text, count = "", 0
-            if isinstance(event, AnswerFinished):
+                marks += event.mark_count
+            elif isinstance(event, AnswerFinished):
                 end = event
             else:
                 events.append(self._other_delta(event))
         if text:
-            events.append(self._delta(text, count))
+            events.append(self._delta(text, count, marks))
         if end is None:
             return events
         # Tokens cut off by a stop text stay unsent, and so do the marks at the end of a call or of what
@@ -191,9 +191,7 @@ class Choice:
     def _other_delta(
         self, event: ReasoningDelta | ToolCallStarted | ToolArgumentsDelta
     ) -> chat_pb2.ChatStreamResponse:
-        # Log-probabilities are those of the content.
-        for _ in range(min(event.token_count, len(self._pending))):
-            self._pending.popleft()
+        self._pass_over(event.token_count)
         index = self._index
         match event:
             case ReasoningDelta(text, count):
@@ -211,13 +209,19 @@ class Choice:
                 assert_never(unreachable)
         return chat_pb2.ChatStreamResponse(tool_call=delta)
 
-    def _delta(self, text: str, count: int) -> chat_pb2.ChatStreamResponse:
+    def _pass_over(self, count: int) -> None:
+        """Log-probabilities are those of the content: not of these tokens."""
+        for _ in range(min(count, len(self._pending))):
+            self._pending.popleft()
+
+    def _delta(self, text: str, count: int, marks: int = 0) -> chat_pb2.ChatStreamResponse:
         delta = chat_pb2.ContentDelta(choice_index=self._index, text=text, token_count=count)
         if self._wants_logprobs:
             pending = self._pending
+            self._pass_over(marks)
             delta.logprobs.extend(
                 logprobs_to_proto(pending.popleft(), self._token_bytes)
-                for _ in range(min(count, len(pending)))
+                for _ in range(min(count - marks, len(pending)))
             )
         return chat_pb2.ChatStreamResponse(content=delta)
 

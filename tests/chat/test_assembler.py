@@ -140,3 +140,30 @@ def test_reasoning_tokens_are_those_between_the_marks(
     events += assembler.finish(AnswerEnd.STOP)
     assert assembler.reasoning_tokens == len(thought)
     assert text_of(events) == ("Yes." if is_closed else "")
+
+
+@pytest.mark.parametrize("stops", [[], ["Yes!"]])
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_marks_are_told_from_the_tokens_of_the_text(
+    tokenizer: PreTrainedTokenizerBase, size: int, stops: list[str]
+) -> None:
+    marks = MARKS["</think>"]
+    parts = (marks.open, "\n", "Hm.", marks.close, "\n\n", "Yes. ", "So.")
+    encoded = [tokenizer.encode(part, add_special_tokens=False) for part in parts]
+    token_ids = [token_id for part in encoded for token_id in part]
+    assembler = Assembler(tokenizer, reader=AnswerReader(marks=marks), stop=stops)
+    events: list[AnswerEvent] = []
+    for start in range(0, len(token_ids), size):
+        events += assembler.feed(token_ids[start : start + size])
+    events += assembler.finish(AnswerEnd.STOP)
+
+    own: list[int] = []
+    position = 0
+    for event in events:
+        if isinstance(event, AnswerFinished):
+            continue
+        following = token_ids[position : position + event.token_count]
+        position += event.token_count
+        if isinstance(event, TextDelta):
+            own += following[event.mark_count :]
+    assert tokenizer.decode(own) == text_of(events) == "Yes. So."
