@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -193,31 +194,33 @@ class Grammars:
                 return Grammar(vocabulary, matcher, source.field)
 
             compiling = kept[source] = asyncio.ensure_future(compiled())
+            compiling.add_done_callback(partial(_forget_failed, kept, source))
             while len(kept) > _MAX_ENTRIES or (
                 len(kept) > 1 and sum(len(other.text) for other in kept) > _MAX_KEPT_CHARACTERS
             ):
                 kept.popitem(last=False)
-        try:
-            # Shared: one caller that leaves must not end it for the others.
-            return await asyncio.shield(compiling)
-        finally:
-            if _has_failed(compiling) and kept.get(source) is compiling:
-                del kept[source]
+        # Shared: one caller that leaves must not end it for the others.
+        return await asyncio.shield(compiling)
 
     async def _vocabulary(self, model: TokenizedModel) -> Vocabulary:
         building = self._vocabularies.get(model.tokenizer)
         if building is None:
             building = asyncio.ensure_future(self._threads.run(lambda: Vocabulary(model), size=0))
+            building.add_done_callback(partial(_forget_failed, self._vocabularies, model.tokenizer))
             self._vocabularies[model.tokenizer] = building
-        try:
-            return await asyncio.shield(building)
-        finally:
-            if _has_failed(building):
-                self._vocabularies.pop(model.tokenizer, None)
+        return await asyncio.shield(building)
 
 
-def _has_failed(work: asyncio.Future[Any]) -> bool:
-    return work.done() and (work.cancelled() or work.exception() is not None)
+def _forget_failed(
+    kept: MutableMapping[Any, asyncio.Future[Any]], key: object, work: asyncio.Future[Any]
+) -> None:
+    """Drop shared work that failed, so that the next caller has it done anew.
+
+    All who waited for it may have left; asyncio would then log its exception, which quotes the client.
+    """
+    has_failed = work.cancelled() or work.exception() is not None
+    if has_failed and kept.get(key) is work:
+        del kept[key]
 
 
 def _require_length(text: str, limit: int, field: str) -> None:

@@ -314,6 +314,35 @@ class TestCompiling:
             gc.collect()
         assert gone() is None
 
+    async def test_what_fails_behind_callers_that_left_is_nobodys_error(
+        self, grammars: Grammars, model: TokenizedModel
+    ) -> None:
+        import gc
+
+        reported: list[dict[str, Any]] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: reported.append(context))
+        try:
+            left = asyncio.ensure_future(grammars.regex(model, "(unclosed", field="f"))
+            await asyncio.sleep(0)
+            left.cancel()
+            await asyncio.wait([left])
+            # The other one waits for the same work, so it has failed by now.
+            with pytest.raises(InvalidRequestError):
+                await grammars.regex(model, "(unclosed", field="f")
+            left = asyncio.ensure_future(grammars.regex(model, "(unclosed too", field="f"))
+            await asyncio.sleep(0)
+            left.cancel()
+            # Behind it in the same thread, or in the other one, which then has nothing to do.
+            for _ in range(2):
+                await asyncio.gather(*(grammars.regex(model, f"b{{{i}}}") for i in range(1, 5)))
+            kept = {source.text for source in grammars._compiled[model.tokenizer]}
+            assert not {"(unclosed", "(unclosed too"} & kept
+            gc.collect()
+        finally:
+            loop.set_exception_handler(None)
+        assert not reported
+
     async def test_too_many_at_once_are_refused(self, grammars: Grammars, model: TokenizedModel) -> None:
         results = await asyncio.gather(
             *(grammars.regex(model, f"a{{{i}}}") for i in range(1, 120)), return_exceptions=True
