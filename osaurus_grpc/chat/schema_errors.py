@@ -101,10 +101,17 @@ class _Search:
                     node, path, reason, is_inner = child, child_path, child_reason, True
                     break
         # Without its type nearly any schema is sound: that is the last to be suspected.
-        for keyword in sorted(
+        keywords = sorted(
             (key for key in node if key not in _SHARED and key != "$comment"), key=lambda key: key == "type"
-        ):
+        )
+        for keyword in keywords:
             rest = {key: value for key, value in node.items() if key != keyword}
+            if not self._reason(rest) and not self._is_spent:
+                return keyword, f"{path}/{keyword}", reason
+        # More than one is at fault: the last of them in this order.
+        rest = dict(node)
+        for keyword in keywords:
+            del rest[keyword]
             if not self._reason(rest) and not self._is_spent:
                 return keyword, f"{path}/{keyword}", reason
         if not self._is_spent:

@@ -372,6 +372,8 @@ class TestCompiling:
                 "#/$defs/x/patternProperties",
             ),
             ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum", "#/minimum"),
+            ({"allOf": [{"type": "integer", "enum": ["a"], "const": "b"}]}, "const", "#/allOf/0/const"),
+            ({"items": {"type": "null", "enum": ["a"], "$ref": "#"}}, "$ref", "#/items/$ref"),
         ],
     )
     async def test_what_the_compiler_refuses_is_named(
