@@ -20,7 +20,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
-from typing import Any, Final, Never
+from typing import Any, Final, Never, TypeGuard
 from urllib.parse import unquote
 
 from osaurus_grpc.chat import schema_bounds
@@ -250,9 +250,9 @@ class _Rewriting:
         value = rest.get("additionalProperties", True)
         if {"properties", "patternProperties"} & rest.keys():
             return node
-        if said.keys() == {"pattern"}:
+        if said.keys() == {"pattern"} and isinstance(said["pattern"], str):
             return {**rest, "patternProperties": {said["pattern"]: value}, "additionalProperties": False}
-        if said.keys() == {"enum"} and all(isinstance(name, str) for name in said["enum"]):
+        if said.keys() == {"enum"} and _are_names(said["enum"]):
             properties = dict.fromkeys(said["enum"], value)
             return {**rest, "properties": properties, "additionalProperties": False}
         return node
@@ -292,7 +292,7 @@ class _Rewriting:
                 if self._are_exact(key, values, path):
                     out[key] = value
             case "required":
-                if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+                if not _are_names(value):
                     self._refuse(key, path, "must be a list of names.")
                 out[key] = list(dict.fromkeys(value))
             case "minLength" | "maxLength" | "minItems" | "maxItems" | "minProperties" | "maxProperties":
@@ -451,6 +451,10 @@ class _Rewriting:
         if least > 1 and is_open and least > len(out.get("required", ())) + 1:
             self._cannot("minProperties", f"{path}/minProperties")
             out.pop("minProperties")
+
+
+def _are_names(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _escaped(name: str) -> str:
