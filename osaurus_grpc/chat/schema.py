@@ -36,6 +36,8 @@ _MAX_COUNT: Final = 2**31 - 1
 # The largest float below 2^63.
 _LARGEST_INTEGER: Final = 2**63 - 1024
 _LARGEST_EXACT: Final = 2**53
+# From an excluded whole number to the first one that is admitted.
+_LEAST_STEP: Final = 1e-12
 
 # At most one blank after a comma or a colon: models are used to one, and small ones loop on more.
 _FORM: Final = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
@@ -298,7 +300,8 @@ class _Rewriting:
             case "minLength" | "maxLength" | "minItems" | "maxItems" | "minProperties" | "maxProperties":
                 out[key] = self._size(key, value, path)
             case "minimum" | "maximum" | "exclusiveMinimum" | "exclusiveMaximum":
-                out[key] = self._bound(key, value, path)
+                bound = self._bound(key, value, path)
+                out[key] = bound if types == ["integer"] else _beyond_whole(key, bound)
             case "multipleOf":
                 self._multiple(out, value, path, alone)
             case "pattern":
@@ -451,6 +454,18 @@ class _Rewriting:
         if least > 1 and is_open and least > len(out.get("required", ())) + 1:
             self._cannot("minProperties", f"{path}/minProperties")
             out.pop("minProperties")
+
+
+def _beyond_whole(key: str, bound: float) -> float:
+    """A bound of numbers; an excluded whole one is moved inward.
+
+    The library admits it all the same where the other bound has the same whole part (0 to 0.5).
+    """
+    if not key.startswith("exclusive") or abs(bound) >= _LARGEST_EXACT or int(bound) != bound:
+        return bound
+    # The library reads the last digits of a float inexactly.
+    step = max(_LEAST_STEP, 8 * math.ulp(bound))
+    return bound + step if key == "exclusiveMinimum" else bound - step
 
 
 def _are_names(value: object) -> TypeGuard[list[str]]:

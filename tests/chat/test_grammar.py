@@ -136,6 +136,29 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+@pytest.mark.parametrize(
+    ("bounds", "excluded", "admitted_too"),
+    [
+        ({"exclusiveMinimum": 0, "maximum": 0.5}, "0", "0.1"),
+        ({"minimum": -0.5, "exclusiveMaximum": 0}, "-0", "-0.1"),
+        ({"exclusiveMinimum": 10, "maximum": 10.01}, "10", "10.001"),
+        ({"minimum": -1.5, "exclusiveMaximum": -1}, "-1", "-1.1"),
+        ({"exclusiveMinimum": 123_456, "exclusiveMaximum": 123_456.5}, "123456", "123456.1"),
+    ],
+)
+async def test_an_excluded_bound_is_not_admitted(
+    grammars: Grammars, model: TokenizedModel, bounds: Any, excluded: str, admitted_too: str
+) -> None:
+    grammar = await grammars.json_schema(model, json.dumps({"type": "number", **bounds}))
+    for text, is_admitted in ((excluded, False), (admitted_too, True)):
+        constraint = grammar.constraint()
+        for token_id in model.tokenizer.encode(text):
+            assert token_id in allowed(constraint, model)
+            constraint.accept(token_id)
+        may_end = constraint.is_done or bool(model.eos_token_ids & set(allowed(constraint, model)))
+        assert may_end is is_admitted
+
+
 async def test_properties_come_in_the_schemas_order(grammars: Grammars, model: TokenizedModel) -> None:
     names = ["z", "m", "a", "k"]
     schema = {"type": "object", "properties": {n: {"type": "null"} for n in names}, "required": names}

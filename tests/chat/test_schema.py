@@ -167,8 +167,8 @@ def test_a_definition_is_narrowed_only_where_it_stands_alone():
 
 
 def test_older_drafts_mean_what_they_said():
-    assert rewritten({"type": "number", "minimum": 3, "exclusiveMinimum": True}) == {
-        "type": "number", "exclusiveMinimum": 3
+    assert rewritten({"type": "integer", "minimum": 3, "maximum": 5, "exclusiveMinimum": True}) == {
+        "type": "integer", "exclusiveMinimum": 3, "maximum": 5
     }  # fmt: skip
     assert rewritten({"type": "number", "maximum": 3, "exclusiveMaximum": False}) == {
         "type": "number", "maximum": 3
@@ -192,6 +192,7 @@ def test_a_schema_made_ready_stays_so():
             "b": {"type": "integer"},
             "c": {"type": ["string", "null"], "format": "uuid"},
             "d": {"oneOf": [{"items": [{}]}, {"type": "null"}]},
+            "e": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 5},
         }
     }
     once = prepared(json.dumps(schema), strict=True, field=FIELD)
