@@ -7,7 +7,9 @@ refused by name. The one built admits only values that the original admits, and 
 
 * An object that declares properties and says nothing of others has no others. (By the letter, JSON
   schema admits any; models ramble.)
-* A schema that only speaks of objects, arrays, strings or numbers is for values of that type.
+* A schema that only speaks of objects, arrays, strings or numbers is for values of that type. As an
+  alternative of a oneOf it would, by the letter, rule out the values of every other type, so there all
+  must be of one.
 * Integers without bounds have at most 19 digits; bounds that no float holds are moved inward.
 * Formats: formats.py.
 
@@ -193,12 +195,11 @@ class _Rewriting:
         if path != "#" and isinstance(base, str) and not base.startswith("#") and _refers(node):
             self._refuse("$id", f"{path}/$id", "cannot stand above a reference but at the schema's top.")
         node = self._simplified(node, path)
-        asserting = {key for key in node if key in _FAMILIES or key in _APPLICATORS}
+        asserting = _asserting(node)
         out: Schema = {}
         types = self._types(node, path)
-        if types is None and alone and not asserting & _APPLICATORS:
-            families = {_FAMILIES[key] for key in asserting}
-            types = [families.pop()] if len(families) == 1 else None
+        if types is None and alone and (family := _family(node)):
+            types = [family]
         if types is not None:
             out["type"] = types[0] if len(types) == 1 else types
         for key, value in node.items():
@@ -284,6 +285,8 @@ class _Rewriting:
                 schemas = self._several(
                     key, value, path, alone=alone and (key != "allOf" or _is_single(value))
                 )
+                if key == "oneOf" and alone and not self._lenient:
+                    self._require_one_type(value, types, path)
                 self._combine(out, key, schemas)
             case "$ref":
                 out[key] = self._reference(value, path, alone)
@@ -342,20 +345,43 @@ class _Rewriting:
         else:
             out[key] = schemas
 
+    def _require_one_type(self, alternatives: object, types: list[str] | None, path: str) -> None:
+        """Refuse alternatives of which one admits, by not speaking of them, the values of another."""
+        assert isinstance(alternatives, list)
+        nodes = [self._target(node) for node in alternatives]
+        if not any(map(_family, nodes)):
+            return
+        spoken = [[family] if (family := _family(node)) else _said_types(node) for node in nodes]
+        names = {name for names in (*spoken, types or ()) for name in names}
+        if len({"number" if name == "integer" else name for name in names}) > 1:
+            why = "cannot be enforced: what says no type admits all other types, too; say it, or use anyOf."
+            self._refuse("oneOf", path, why)
+
+    def _target(self, node: object) -> object:
+        """What a schema refers to, where it says nothing else."""
+        while isinstance(node, dict) and "$ref" in node and not _asserting(node) - {"$ref"}:
+            node = self._resolve(unquote(self._pointer(node["$ref"])))
+        return node
+
     def _reference(self, value: object, path: str, alone: bool) -> str:
         if not isinstance(value, str):
             self._refuse("$ref", path, "must be a string.")
-        own = self._root.get("$id")
-        pointer = value.removeprefix(own) if isinstance(own, str) and own.strip("#") else value
-        if pointer not in ("", "#") and not pointer.startswith("#/"):
+        pointer = self._pointer(value)
+        if pointer != "#" and not pointer.startswith("#/"):
             self._refuse("$ref", path, 'must point into the same schema, as in "#/$defs/name".')
-        pointer = unquote(pointer) or "#"
+        pointer = unquote(pointer)
         self._require_end(pointer, path)
         key = (pointer, alone)
         if key not in self._names:
             self._names[key] = f"d{len(self._names)}"
             self._pending.append(key)
         return f"#/$defs/{self._names[key]}"
+
+    def _pointer(self, reference: str) -> str:
+        """A reference as a pointer into this schema, where it is one."""
+        own = self._root.get("$id")
+        pointer = reference.removeprefix(own) if isinstance(own, str) and own.strip("#") else reference
+        return pointer or "#"
 
     def _require_end(self, pointer: str, path: str) -> None:
         """Refuse references that go in a circle without saying anything."""
@@ -454,6 +480,27 @@ class _Rewriting:
         if least > 1 and is_open and least > len(out.get("required", ())) + 1:
             self._cannot("minProperties", f"{path}/minProperties")
             out.pop("minProperties")
+
+
+def _asserting(node: Schema) -> set[str]:
+    """The keywords of a schema that say something about values, its type apart."""
+    return {key for key in node if key in _FAMILIES or key in _APPLICATORS}
+
+
+def _family(node: object) -> str | None:
+    """The only type that a schema speaks of without naming it; None where there is no such type."""
+    if not isinstance(node, dict) or "type" in node or (asserting := _asserting(node)) & _APPLICATORS:
+        return None
+    families = {_FAMILIES[key] for key in asserting}
+    return families.pop() if len(families) == 1 else None
+
+
+def _said_types(node: object) -> list[str]:
+    """The types that a schema names; "any" where it names none."""
+    if node is False:
+        return []
+    named = node.get("type", "any") if isinstance(node, dict) else "any"
+    return named if isinstance(named, list) else [named]
 
 
 def _beyond_whole(key: str, bound: float) -> float:

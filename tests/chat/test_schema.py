@@ -43,6 +43,10 @@ UNENFORCED = [
     ({"propertyNames": {"enum": 5}}, "propertyNames", "#/propertyNames"),
     ({"propertyNames": {"enum": [["a"]]}}, "propertyNames", "#/propertyNames"),
     ({"type": "object", "minProperties": 3}, "minProperties", "#/minProperties"),
+    ({"oneOf": [{"minItems": 1}, {"type": "null"}]}, "oneOf", "#/oneOf"),
+    ({"oneOf": [{"$ref": "#/$defs/a"}, {"type": "null"}], "$defs": {"a": {"pattern": "x"}}},
+     "oneOf", "#/oneOf"),
+    ({"items": {"type": "boolean", "oneOf": [{"minimum": 3}]}}, "oneOf", "#/items/oneOf"),
     ({"multipleOf": 100_003}, "multipleOf", "#/multipleOf"),
     ({"allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}, "multipleOf", "#/allOf/1/multipleOf"),
     ({"const": 123_456_789_012_345_678}, "const", "#/const"),
@@ -166,6 +170,12 @@ def test_a_definition_is_narrowed_only_where_it_stands_alone():
     assert "additionalProperties" not in by_use["met"]
 
 
+def test_alternatives_that_speak_of_one_type_only_are_of_that_type():
+    minimum, maximum = {"minimum": 5}, {"type": "integer", "maximum": 3, "minimum": 0}
+    made = rewritten({"oneOf": [minimum, maximum]})
+    assert made == {"oneOf": [{"type": "number", **minimum}, maximum]}
+
+
 def test_older_drafts_mean_what_they_said():
     assert rewritten({"type": "integer", "minimum": 3, "maximum": 5, "exclusiveMinimum": True}) == {
         "type": "integer", "exclusiveMinimum": 3, "maximum": 5
@@ -191,7 +201,7 @@ def test_a_schema_made_ready_stays_so():
             "a": {"format": "date"},
             "b": {"type": "integer"},
             "c": {"type": ["string", "null"], "format": "uuid"},
-            "d": {"oneOf": [{"items": [{}]}, {"type": "null"}]},
+            "d": {"anyOf": [{"items": [{}]}, {"type": "null"}]},
             "e": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 5},
         }
     }
