@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Final, Never, TypeGuard
@@ -40,6 +41,10 @@ _LARGEST_INTEGER: Final = 2**63 - 1024
 _LARGEST_EXACT: Final = 2**53
 # From an excluded whole number to the first one that is admitted.
 _LEAST_STEP: Final = 1e-12
+
+# The beginning of a negated class in a regular expression, with what is literal there; or something escaped.
+_NEGATED_CLASS: Final = re.compile(r"(\[\^(?:-+|\])?)(\[\\x00\])?|\\.", re.DOTALL)
+_NUL: Final = r"[\x00]"
 
 # At most one blank after a comma or a colon: models are used to one, and small ones loop on more.
 _FORM: Final = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
@@ -310,7 +315,7 @@ class _Rewriting:
             case "pattern":
                 if not isinstance(value, str):
                     self._refuse(key, path, "must be a string.")
-                out[key] = value
+                out[key] = _without_nul(value)
             case "format":
                 self._format(out, value, path, types)
             case _:
@@ -513,6 +518,15 @@ def _beyond_whole(key: str, bound: float) -> float:
     # The library reads the last digits of a float inexactly.
     step = max(_LEAST_STEP, 8 * math.ulp(bound))
     return bound + step if key == "exclusiveMinimum" else bound - step
+
+
+def _without_nul(pattern: str) -> str:
+    """The same regular expression with U+0000 excluded by its negated classes.
+
+    The library takes a class that has all control characters for one that has the quotation mark and the
+    backslash as well, where a JSON string escapes them: [^"] would admit what it excludes.
+    """
+    return _NEGATED_CLASS.sub(lambda found: f"{found[1]}{_NUL}" if found[1] else found[0], pattern)
 
 
 def _are_names(value: object) -> TypeGuard[list[str]]:

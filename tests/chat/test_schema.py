@@ -202,6 +202,7 @@ def test_a_schema_made_ready_stays_so():
             "b": {"type": "integer"},
             "c": {"type": ["string", "null"], "format": "uuid"},
             "d": {"anyOf": [{"items": [{}]}, {"type": "null"}]},
+            "f": {"type": "string", "pattern": '^[^"][^-a]$'},
             "e": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 5},
         }
     }
