@@ -16,6 +16,7 @@ from typing import Final, Never
 
 from google.protobuf.duration_pb2 import Duration
 
+from osaurus_grpc.chat.turns import is_encodable
 from osaurus_grpc.errors import CapabilityError, InvalidRequestError
 from osaurus_grpc.models.catalog import Capability, ModelEntry
 from osaurus_grpc.models.vision import families
@@ -219,9 +220,11 @@ def _json_object(text: str) -> dict[str, object] | None:
     try:
         # NaN and Infinity are Python's own; JSON has none.
         value = json.loads(text, parse_constant=_refuse_constant)
+        # A half of a surrogate pair is no text that a prompt could hold.
+        is_whole = isinstance(value, dict) and is_encodable(json.dumps(value, ensure_ascii=False))
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return value if is_whole else None
 
 
 def _parameters_fault(text: str) -> str:
