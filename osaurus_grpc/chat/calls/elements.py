@@ -17,7 +17,7 @@ from osaurus_grpc.chat.calls.pieces import CallWriter, ToolTable
 from osaurus_grpc.chat.calls.rules import CheckedTool, Rules, embedded, parameters
 from osaurus_grpc.chat.calls.source import Reading, Source
 from osaurus_grpc.chat.calls.streamed import stream_string
-from osaurus_grpc.chat.calls.values import compact, is_plain_string, value_json
+from osaurus_grpc.chat.calls.values import compact, is_plain_string, read_marked, value_json
 from osaurus_grpc.chat.turns import Numbers
 from osaurus_grpc.chat.types import JSON
 from osaurus_grpc.errors import InvalidRequestError
@@ -116,10 +116,10 @@ class _ElementReader:
             read = self._items if has_items else self.members
             return (yield from read(schema, close, levels))
         source.position = start
-        found = yield from source.until([close])
-        if found is None:
+        value = yield from read_marked(source, close)
+        if value is None:
             return False
-        writer.arguments(value_json(found[0], is_string=kind == "string"))
+        writer.arguments(value_json(value, is_string=kind == "string"))
         return True
 
 

@@ -20,7 +20,14 @@ from osaurus_grpc.chat.calls.syntax import (
     TaggedParameters,
     XtmlElements,
 )
-from osaurus_grpc.chat.calls.values import StringNames, compact, is_json, read_literal, value_json
+from osaurus_grpc.chat.calls.values import (
+    StringNames,
+    compact,
+    is_json,
+    read_literal,
+    read_marked,
+    value_json,
+)
 
 _NAME_KEYS = frozenset({"name", "tool_name", "function_name"})
 _ARGUMENT_KEYS = frozenset({"arguments", "parameters"})
@@ -186,10 +193,10 @@ class CallReader:
                 return False
             writer.arguments('"')
         else:
-            value = yield from source.until([close])
+            value = yield from read_marked(source, close)
             if value is None:
                 return False
-            text = value_json(value[0].removesuffix(space), is_string=key in strings)
+            text = value_json(value.removesuffix(space), is_string=key in strings)
             writer.arguments(start + text)
         return not is_quoted or (yield from self._takes_mark(close))
 

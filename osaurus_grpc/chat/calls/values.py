@@ -18,6 +18,7 @@ StringNames: TypeAlias = Mapping[str, bool]
 
 # What may stand beside "type": "string" in a schema without making values that only JSON can write.
 _ANNOTATIONS = frozenset({"type", "title", "description", "default", "examples", "example", "enum", "const"})
+_ESCAPE = re.compile(r"\\.", re.DOTALL)
 _BARE_KEY = re.compile(r"[^\s,:{}\[\]\"'<>]+")
 _WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
 _MAX_NESTING = 64
@@ -55,6 +56,35 @@ def compact(value: object) -> str:
 def escaped(text: str) -> str:
     """Text as it stands between the quotes of a JSON string; that of parts joins to that of the whole."""
     return compact(text)[1:-1]
+
+
+def read_marked(source: Source, close: str) -> Reading[str | None]:
+    """Reads a value and over the mark behind it; one inside of a JSON string is no end of the value.
+
+    Returns:
+        The value's text; None where the mark is missing.
+    """
+    found = yield from source.until([close])
+    if found is None:
+        return None
+    text, _ = found
+    first = text, source.position
+    while _ends_in_string(text):
+        found = yield from source.until([close])
+        if found is None:
+            # What only begins like JSON ends at its first mark.
+            text, source.position = first
+            return None if source.is_cut else text
+        text += close + found[0]
+    if is_json(text.strip()):
+        return text
+    text, source.position = first
+    return text
+
+
+def _ends_in_string(text: str) -> bool:
+    """Whether a text begins like JSON and ends within a string of it."""
+    return text.lstrip()[:1] in ('"', "{", "[") and _ESCAPE.sub("", text).count('"') % 2 == 1
 
 
 def value_json(text: str, *, is_string: bool = False) -> str:

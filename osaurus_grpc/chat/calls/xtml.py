@@ -15,7 +15,7 @@ from osaurus_grpc.chat.calls.pieces import CallWriter, ToolTable
 from osaurus_grpc.chat.calls.rules import CheckedTool, Rules, embedded, parameters
 from osaurus_grpc.chat.calls.source import Reading, Source
 from osaurus_grpc.chat.calls.streamed import stream_string, stream_value
-from osaurus_grpc.chat.calls.values import compact, is_plain_string, members, value_json
+from osaurus_grpc.chat.calls.values import compact, is_plain_string, members, read_marked, value_json
 from osaurus_grpc.errors import InvalidRequestError
 
 _ATTRIBUTE: Final = re.compile(r'(\w+)="([^"]*)"')
@@ -54,11 +54,11 @@ def read_call(source: Source, tools: ToolTable, writer: CallWriter) -> Reading[b
                 return False
             writer.arguments('"')
         else:
-            found = yield from source.until([_close("argument")])
-            if found is None:
+            value = yield from read_marked(source, _close("argument"))
+            if value is None:
                 return False
             is_string = argument.get("key") in tools.strings[name]
-            writer.arguments(lead + value_json(found[0], is_string=is_string))
+            writer.arguments(lead + value_json(value, is_string=is_string))
         count += 1
     if not (yield from _closed(source, "call")):
         return False

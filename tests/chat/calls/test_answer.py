@@ -243,6 +243,53 @@ def test_no_mark_of_a_call_that_was_cut_off_becomes_content(
             assert read(list(text), syntax=syntax, marks=marks, streams=True, is_cut=True)[1] == "Yes."
 
 
+@pytest.mark.parametrize(
+    ("syntax", "before", "close", "after"),
+    [
+        (
+            families.QWEN3_CODER,
+            "<tool_call>\n<function=f>\n<parameter=o>\n",
+            "\n</parameter>",
+            "\n</function>\n</tool_call>",
+        ),
+        (
+            families.GLM,
+            "<tool_call>f\n<arg_key>o</arg_key>\n<arg_value>",
+            "</arg_value>",
+            "\n</tool_call>",
+        ),
+        (
+            families.KIMI_K3,
+            '<|open|>tools<|sep|><|open|>call tool="f" index="1"<|sep|>'
+            '<|open|>argument key="o" type="object"<|sep|>',
+            "<|close|>argument<|sep|>",
+            "<|close|>call<|sep|><|close|>tools<|sep|>",
+        ),
+        (
+            families.MINIMAX_M3,
+            ']<]minimax[>[<tool_call>\n]<]minimax[>[<invoke name="f">]<]minimax[>[<o>',
+            "]<]minimax[>[</o>",
+            "]<]minimax[>[</invoke>\n]<]minimax[>[</tool_call>",
+        ),
+    ],
+)
+def test_a_mark_within_a_string_of_json_is_no_end_of_the_value(
+    syntax: CallSyntax, before: str, close: str, after: str
+) -> None:
+    for value in (f'{{"x": "1{close.strip()}2"}}', f'["\\"{close.strip()}", "{close.strip()}"]'):
+        text = before + value + close + after
+        for streams in (False, True):
+            expected = "", "", [("f", f'{{"o": {value}}}')], 1
+            assert read(list(text), syntax=syntax, marks=None, streams=streams) == expected
+        # Where it is cut off, its beginning is not taken for another value.
+        for end in range(len(before) + 1, len(before + value)):
+            answer = read(list(text[:end]), syntax=syntax, marks=None, streams=True, is_cut=True)
+            assert all(arguments in ("", '{"o": ') for _, arguments in answer[2])
+    # What is no JSON ends where it always did.
+    text = before + '"x' + close + after
+    assert read(list(text), syntax=syntax, marks=None)[2] == [("f", '{"o": "\\"x"}')]
+
+
 def test_what_began_like_a_call_is_content_where_the_answer_ended_by_itself() -> None:
     assert read(list("It is <tool_call>"), streams=True)[1] == "It is <tool_call>"
     assert read(list("It is <tool_call>"), is_cut=True)[1] == "It is <tool_call>"
