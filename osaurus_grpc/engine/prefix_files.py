@@ -33,6 +33,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import time
 from array import array
@@ -151,7 +152,6 @@ class PrefixFiles:
         # Of the sequences that end behind a block. Replaced and never changed: others read it.
         self._tails: dict[tuple[str, bytes], frozenset[bytes]] = {}
         self._bytes = 0
-        self._temporaries = 0
         self._last_use = 0
         self._failed_at: float | None = None
         try:
@@ -275,11 +275,12 @@ class PrefixFiles:
         for path in self._directory.glob("*/*" + _SUFFIX):
             name, _, tail = path.stem.partition("-")
             key = FileKey(path.parent.name, _name_of(name), _name_of(tail))
-            status = path.lstat()
-            if key.name and path == self._path(key):
+            status = _status(path)
+            if status is not None and key.name and path == self._path(key):
                 found.append((status.st_mtime_ns, key, status.st_size))
         for path in self._directory.glob("*" + _TEMPORARY):
-            if now - path.lstat().st_mtime > _ABANDONED_SECONDS:
+            status = _status(path)
+            if status is not None and now - status.st_mtime > _ABANDONED_SECONDS:
                 path.unlink(missing_ok=True)
         for _, key, size in sorted(found, key=lambda item: item[0]):
             self._note(key, size)
@@ -296,8 +297,8 @@ class PrefixFiles:
         return self._directory / key.model / f"{key.name.hex()}{tail}{_SUFFIX}"
 
     def _temporary(self) -> Path:
-        self._temporaries += 1
-        return self._directory / f"{os.getpid()}-{self._temporaries}{_TEMPORARY}"
+        # Not by a process's number, which is another one's after a restart, or in another container.
+        return self._directory / f"{secrets.token_hex(16)}{_TEMPORARY}"
 
     @staticmethod
     def _create(path: Path, content: bytes) -> None:
@@ -334,6 +335,14 @@ class PrefixFiles:
             self._tails[place] -= {key.tail}
             if not self._tails[place]:
                 del self._tails[place]
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """A file's status; None where another process has dropped or renamed it meanwhile."""
+    try:
+        return path.lstat()
+    except FileNotFoundError:
+        return None
 
 
 def _name_of(text: str) -> bytes:

@@ -214,6 +214,26 @@ def events(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage().split()[0] for record in caplog.records]
 
 
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path):
+    for number in range(1, 4):
+        (tmp_path / f"{os.getpid()}-{number}.part").write_text("")
+    files = PrefixFiles(tmp_path, PLENTY)
+    files.write(run())
+    assert is_same(read(files, run()), run())
+    assert not files.is_failing
+
+
+def test_files_that_another_process_drops_meanwhile_are_passed_over(tmp_path, monkeypatch):
+    PrefixFiles(tmp_path, PLENTY).write(run())
+    glob = Path.glob
+
+    def listed(self: Path, pattern: str) -> list[Path]:
+        return [self / pattern.replace("*", "00"), *glob(self, pattern)]
+
+    monkeypatch.setattr(Path, "glob", listed)
+    assert len(PrefixFiles(tmp_path, PLENTY)) == 1
+
+
 def test_a_full_disk_stops_writing_says_so_once_and_reads_on(tmp_path, caplog):
     files = PrefixFiles(tmp_path, PLENTY)
     files.write(run(1))
