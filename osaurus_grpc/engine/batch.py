@@ -190,6 +190,8 @@ class Batch:
                 self._save(left)  # what is cut off may be somebody's next beginning
                 self._unsaved.remove(left)
                 break
+        if slot not in store.slots:  # where there was not room for both, its records pushed it out
+            return store.lookup(chain, prompt)
         return store.take(slot, prompt)
 
     def remove(self, uid: int) -> None:

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 from mlx_lm.models.cache import KVCache
 
+from osaurus_grpc.engine.batch import Batch, Decoded
 from osaurus_grpc.engine.engine import Engine
+from osaurus_grpc.engine.prompt_cache import prompt_cache_of
+from osaurus_grpc.engine.sampling import RowSampler
 from osaurus_grpc.engine.slots import Slots, common_length
 from osaurus_grpc.engine.token_chain import Chain
 from osaurus_grpc.engine.types import SamplingParams
 from osaurus_grpc.models.platform import mx
 
-from .conftest import VOCAB, answer, collect, request, running_engine, token_ids, until
+from .conftest import GREEDY, VOCAB, answer, collect, request, running_engine, tiny_model, token_ids, until
 
 PLENTY = 64 * 2**20
 
@@ -174,6 +177,29 @@ async def test_slots_go_with_an_unloaded_model_and_a_failed_step():
         assert batch._prompt_cache.slots.nbytes > 0
         await engine.detach("tiny")
         assert batch._prompt_cache.slots.nbytes == 0
+
+
+def test_a_slot_that_its_records_push_out_is_not_taken():
+    model = tiny_model()
+
+    def answered(batch: Batch, prompt: list[int], length: int) -> tuple[int, list[int]]:
+        sampler = RowSampler(GREEDY, prompt, (), top_logprobs=None, seed=0, vocab_size=VOCAB)
+        _, found = batch.insert(prompt, length, sampler)
+        events = []
+        while len(batch):
+            events += batch.step(512)
+        return found, [e.token.token_id for e in events if isinstance(e, Decoded) and e.token is not None]
+
+    store = prompt_cache_of(model, PLENTY)
+    batch, plain = Batch(model, (), 4, store), Batch(model, (), 4)
+    _, said = answered(batch, list(range(90)), 1)
+    following = [*range(90), *said, 7, 8]
+    assert not batch.is_tidy
+    # Room for the slot, and none for its records beside it.
+    store.allow(store.nbytes)
+    found, said = answered(batch, following, 5)
+    assert 0 < found < len(following)
+    assert said == answered(plain, following, 5)[1]
 
 
 def slot_caches(tokens: int) -> list[KVCache]:
