@@ -151,8 +151,7 @@ class AnswerReader:
                 is_read = yield from bare.listed(syntax)
             else:
                 is_read = yield from bare.objects(streams=self._streams and syntax.opens_bare)
-        is_held = syntax.opens_bare and source.text[start:].lstrip(_SPACE).startswith("{")
-        if not is_read and not (is_held and self._is_cut_call):
+        if not is_read:
             source.position = start
 
     def _content(self, reader: CallReader, syntax: CallSyntax) -> Reading[None]:
