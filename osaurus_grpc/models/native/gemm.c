@@ -28,8 +28,8 @@
 #define MAX_ROWS 64
 /* Up to so many rows a product is faster by shorter numbers, which have to be unpacked for every four of them: by
  * any, and by codes in groups. */
-#define MAX_ROWS_SHORT 8
-#define MAX_ROWS_AFFINE 4
+#define MAX_ROWS_SHORT 16
+#define MAX_ROWS_AFFINE 8
 /* Sums of more elements than DEEP are made of parts, while whose rows are near all tiles use them. */
 #define DEEP 4096
 #define PART 1024
