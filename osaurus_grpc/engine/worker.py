@@ -7,7 +7,7 @@ functions, which run between steps.
 
 from __future__ import annotations
 
-from osaurus_grpc.models.platform import memory_bytes, mx  # isort: skip  # first: it loads the BLAS before MLX
+from osaurus_grpc.models.platform import memory_bytes, mx, trim_memory  # isort: skip  # loads the BLAS
 
 import gc
 import logging
@@ -149,6 +149,7 @@ class Worker:
         )
         kept: KeptCaches = prompt_cache if draft is None else KeptBesideDraft(prompt_cache, draft)
         memory = KVMemory(self._budget, footprint.measure(model), kept, self._max_batch_size)
+        trim_memory()  # what loading took beside the weights
         self._budget.adapt(memory_bytes())
         scheduler = Scheduler(
             max_batch_size=self._max_batch_size,
@@ -220,6 +221,7 @@ class Worker:
         """Return the memory of dropped models to the system. On the MLX thread only."""
         gc.collect()
         mx.clear_cache()
+        trim_memory()
         self.adapt()
 
     def adapt(self) -> None:

@@ -46,6 +46,7 @@ __all__ = [
     "physical_cores",
     "plan_weights",
     "set_blas_threads",
+    "trim_memory",
 ]
 
 logger = logging.getLogger(__name__)
@@ -260,6 +261,17 @@ def memory_bytes() -> int:
     info = mx.device_info()
     limit = int(info.get("max_recommended_working_set_size") or info.get("memory_size") or 0)
     return max(0, limit - int(mx.get_active_memory()))
+
+
+def trim_memory() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it otherwise (glibc).
+
+    It takes blocks of up to 32 MiB from its heap once one of that size was freed, which those of weights
+    are, and then keeps what is between blocks that are in use.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 @dataclass(frozen=True, slots=True)

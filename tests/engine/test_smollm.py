@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import mlx_lm
 import numpy as np
+import psutil
 import pytest
 from mlx_lm.utils import dequantize_model
 
@@ -95,6 +97,17 @@ async def test_reading_quantized_weights_changes_no_token(
             answers[-1] += await asyncio.gather(*(answer(engine, one) for one in requests))
         assert (kernels.short_products > before) == is_read
     assert answers[0] == answers[1]
+
+
+@pytest.mark.smollm
+@pytest.mark.skipif(sys.platform != "linux", reason="the resident set is read as Linux tells it")
+async def test_an_unloaded_models_memory_goes_back_to_the_system(smollm_dir: Path) -> None:
+    resident = psutil.Process().memory_info
+    async with smollm(smollm_dir) as (engine, model):
+        for _ in range(2):
+            await answer(engine, asked(model, QUESTIONS[0], 0))
+        loaded = resident().rss
+    assert loaded - resident().rss > 0.8 * model.resident_bytes
 
 
 @pytest.mark.smollm
