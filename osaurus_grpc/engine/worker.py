@@ -34,6 +34,9 @@ from osaurus_grpc.errors import ModelUnusableError
 
 logger = logging.getLogger(__name__)
 
+# Without work for so long, what was freed is given back.
+_REST_SECONDS = 30.0
+
 Deliver: TypeAlias = Callable[[list[Delivery]], None]
 
 
@@ -95,6 +98,7 @@ class Worker:
         self.arrivals = Arrivals(wake=lambda: self.post(lambda: None))
         self._runners: dict[str, Runner] = {}
         self._is_stopping = False
+        self._has_stepped = False  # since memory was last given back
         # A daemon: a device call that never returns must not keep the process from ending.
         self._thread = threading.Thread(target=self._run, name="mlx", daemon=True)
 
@@ -236,7 +240,7 @@ class Worker:
             raise
         try:
             while not self._is_stopping:
-                self._run_posted(wait=not any(runner.is_busy for runner in self._runners.values()))
+                self._await_work()
                 self._decode()
                 # What came meanwhile is prefilled in this step.
                 self._run_posted(wait=False)
@@ -255,6 +259,21 @@ class Worker:
             self._report_death()
 
     # Not in _run(), whose locals live while it waits and would keep an unloaded model in memory.
+
+    def _await_work(self) -> None:
+        """Run what was posted; where there is nothing to step, sleep until there is something.
+
+        What was freed goes back to the system where nothing came for a while: to ask for it again takes time.
+        """
+        if any(runner.is_busy for runner in self._runners.values()):
+            self._has_stepped = True
+            self._run_posted(wait=False)
+        elif self._has_stepped and not self._run_posted(wait=True, timeout_seconds=_REST_SECONDS):
+            mx.clear_cache()
+            trim_memory()
+            self._has_stepped = False
+        elif not self._has_stepped:
+            self._run_posted(wait=True)
 
     def _decode(self) -> None:
         """The first half of a step of every model that has something to do."""
@@ -276,12 +295,18 @@ class Worker:
             if runner.is_busy and (deliveries := runner.prefill()):
                 self._deliver(deliveries)
 
-    def _run_posted(self, *, wait: bool, timeout_seconds: float | None = None) -> None:
-        """Run what was posted; with wait, sleep until there is something, or for so long."""
+    def _run_posted(self, *, wait: bool, timeout_seconds: float | None = None) -> bool:
+        """Run what was posted; with wait, sleep until there is something, or for so long.
+
+        Returns:
+            Whether there was something.
+        """
+        has_run = False
         try:
             function = self._posted.get(block=wait, timeout=timeout_seconds)
             while True:
+                has_run = True
                 function()
                 function = self._posted.get(block=False)
         except queue.Empty:
-            return
+            return has_run

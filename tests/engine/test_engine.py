@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from osaurus_grpc.engine import sampling
+from osaurus_grpc.engine import sampling, worker
 from osaurus_grpc.engine.types import (
     GenerationFinished,
     PrefillProgress,
@@ -306,6 +306,20 @@ class Faulty:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+
+async def test_what_was_freed_is_given_back_when_nothing_comes_for_a_while(monkeypatch):
+    given_back: list[None] = []
+    monkeypatch.setattr(worker, "trim_memory", lambda: given_back.append(None))
+    monkeypatch.setattr(worker, "_REST_SECONDS", 0.02)
+    async with running_engine() as engine:
+        before = len(given_back)
+        for turn in range(1, 3):
+            await answer(engine, request(max_tokens=3))
+            await until(lambda turn=turn: len(given_back) == before + turn)
+            # Once, as long as nothing runs.
+            await asyncio.sleep(0.2)
+            assert len(given_back) == before + turn
 
 
 async def test_after_a_device_error_the_others_go_on_with_the_same_text():
