@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,13 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osaurus_grpc.engine import host_sampling
-from osaurus_grpc.engine.host_sampling import race
+from osaurus_grpc.engine.host_sampling import race, race_of
 from osaurus_grpc.engine.sampling import BatchSampler, RowSampler, gumbel
 from osaurus_grpc.engine.types import SamplingParams
 from osaurus_grpc.models.platform import mx
 
 VOCAB = 40
 STEPS = 6
+
+
+def host_noise(key: int, params: SamplingParams) -> np.ndarray:
+    truncates = 0 < params.top_k < VOCAB or params.top_p < 1 or params.min_p > 0
+    return -np.log(race_of(key, np.arange(VOCAB)) if truncates else race(key, VOCAB))
 
 
 def reference_scores(
@@ -94,7 +100,7 @@ def test_every_row_is_sampled_as_by_itself(rows: list[SamplingParams], seed: int
             noise = np.zeros(VOCAB)
             if row.temperature != 0 and row.top_k != 1:
                 key = draws[i].getrandbits(64)
-                noise = -np.log(race(key, VOCAB)) if on_host else np.array(gumbel([key], VOCAB))[0]
+                noise = host_noise(key, row) if on_host else np.array(gumbel([key], VOCAB))[0]
             scores, logprobs = reference_scores(logits[i], row, noise, prompts[i], generated[i])
             chosen = int(tokens[i].item())
             detail = details[i]
@@ -207,23 +213,27 @@ def test_a_cold_temperature_draws_the_most_probable_token() -> None:
             assert tokens.item() == 0
 
 
-@settings(max_examples=60)
+@settings(max_examples=200)
 @given(
     seed=st.integers(0, 2**32),
     scale=st.sampled_from([0.1, 1.0, 5.0]),
     top_p=st.sampled_from([1.0, 0.999, 0.9, 0.5]),
     top_k=st.sampled_from([0, 3, 600, 2000]),
     min_p=st.sampled_from([0.0, 0.001, 0.1]),
+    masked=st.sampled_from([0.0, 0.9]),
+    most_near=st.sampled_from([0, 4096]),
 )
-def test_what_is_kept_does_not_depend_on_how_many_are_looked_at(
-    seed: int, scale: float, top_p: float, top_k: int, min_p: float
+def test_what_is_kept_does_not_depend_on_how_it_is_found(
+    seed: int, scale: float, top_p: float, top_k: int, min_p: float, masked: float, most_near: int
 ) -> None:
-    """A wide vocabulary, flat and peaked distributions, many equal logits."""
+    """A wide vocabulary, flat and peaked distributions, many equal logits and impossible tokens."""
     generator = np.random.default_rng(seed)
     shifted = (generator.standard_normal(3000) * scale).round(1).astype(np.float32)
+    shifted[generator.random(3000) < masked] = -np.inf
     shifted -= shifted.max()
     params = SamplingParams(temperature=1.0, top_p=top_p, top_k=top_k, min_p=min_p)
-    kept = host_sampling._kept(shifted, params)
+    with mock.patch.object(host_sampling, "_MOST_NEAR", most_near):
+        kept = host_sampling._kept(shifted, params)
     order = np.argsort(-shifted, kind="stable")
     probabilities = np.exp(shifted[order].astype(np.float64))
     before = np.cumsum(probabilities) - probabilities
@@ -236,7 +246,9 @@ def test_what_is_kept_does_not_depend_on_how_many_are_looked_at(
     # float32 sums may shift the border of top_p by a token.
     assert abs(len(kept) - len(expected)) <= (1 if top_p < 1.0 else 0)
     shared = min(len(kept), len(expected))
-    np.testing.assert_array_equal(shifted[kept[:shared]], shifted[expected[:shared]])
+    descending = -np.sort(-shifted[kept])
+    np.testing.assert_array_equal(descending[:shared], shifted[expected[:shared]])
+    assert len(set(kept.tolist())) == len(kept)
 
 
 @pytest.mark.parametrize("on_host", [True, False])
