@@ -224,24 +224,7 @@ def _add_limits(target: configargparse.ArgumentParser, defaults: Settings) -> No
         default=defaults.max_pause_steps,
         help="decode steps that the time between two tokens of a running stream may grow to while a "
         "prompt is processed (default %(default)s)")  # fmt: skip
-    add("--prompt-cache-bytes", env_var="OSAURUS_PROMPT_CACHE_BYTES", type=whole(-1, 2**62), metavar="N",
-        default=defaults.prompt_cache_bytes,
-        help="of KV caches that a model keeps for requests that begin alike, 0 for none "
-        "(default a tenth of the memory)")  # fmt: skip
-    add("--prompt-cache-bits", env_var="OSAURUS_PROMPT_CACHE_BITS", type=int, choices=(0, 4, 8),
-        default=defaults.prompt_cache_bits,
-        help="quantize KV caches while they are kept: 8 takes about half the memory of 16-bit values, "
-        "4 a third; reuse may then change an answer, with 4 noticeably (default 0: as they are)")  # fmt: skip
-    add("--kv-cache-bytes", env_var="OSAURUS_KV_CACHE_BYTES", type=whole(-1, 2**62), metavar="N",
-        default=defaults.kv_cache_bytes,
-        help="of the KV caches of all models together; requests wait while theirs would not fit "
-        "(default three quarters of the memory that the weights leave)")  # fmt: skip
-    add("--prompt-cache-dir", env_var="OSAURUS_PROMPT_CACHE_DIR", type=expanded_path, default=None,
-        metavar="DIR", help="write KV caches there, for requests that begin alike after a restart; "
-        "they hold conversations (default: they are not written)")  # fmt: skip
-    add("--prompt-cache-dir-bytes", env_var="OSAURUS_PROMPT_CACHE_DIR_BYTES", type=whole(-1, 2**62),
-        default=defaults.prompt_cache_dir_bytes, metavar="N",
-        help="of the files there (default 30 GiB, or a quarter of the free space if less)")  # fmt: skip
+    _add_caches(target, defaults)
     add("--max-loaded-models", env_var="OSAURUS_MAX_LOADED_MODELS", type=whole(1, 1024), metavar="N",
         default=defaults.max_loaded_models, help="models in memory (default %(default)s)")  # fmt: skip
     add("--keep-alive-seconds", env_var="OSAURUS_KEEP_ALIVE_SECONDS", type=seconds(-_MAX_SECONDS),
@@ -272,6 +255,29 @@ def _add_limits(target: configargparse.ArgumentParser, defaults: Settings) -> No
         help="loopback port of the core's Prometheus metrics (default off)")  # fmt: skip
     add("--log-level", env_var="OSAURUS_LOG_LEVEL", default=defaults.log_level,
         choices=("debug", "info", "warning", "error"), help="(default %(default)s)")  # fmt: skip
+
+
+def _add_caches(target: configargparse.ArgumentParser, defaults: Settings) -> None:
+    """Declare what KV caches may take, and where they are kept."""
+    add = target.add_argument
+    add("--prompt-cache-bytes", env_var="OSAURUS_PROMPT_CACHE_BYTES", type=whole(-1, 2**62), metavar="N",
+        default=defaults.prompt_cache_bytes,
+        help="of KV caches that a model keeps for requests that begin alike, 0 for none "
+        "(default a tenth of the memory)")  # fmt: skip
+    add("--prompt-cache-bits", env_var="OSAURUS_PROMPT_CACHE_BITS", type=int, choices=(0, 4, 8),
+        default=defaults.prompt_cache_bits,
+        help="quantize KV caches while they are kept: 8 takes about half the memory of 16-bit values, "
+        "4 a third; reuse may then change an answer, with 4 noticeably (default 0: as they are)")  # fmt: skip
+    add("--kv-cache-bytes", env_var="OSAURUS_KV_CACHE_BYTES", type=whole(-1, 2**62), metavar="N",
+        default=defaults.kv_cache_bytes,
+        help="of the KV caches of all models together; requests wait while theirs would not fit "
+        "(default three quarters of the memory that the weights leave)")  # fmt: skip
+    add("--prompt-cache-dir", env_var="OSAURUS_PROMPT_CACHE_DIR", type=expanded_path, default=None,
+        metavar="DIR", help="write KV caches there, for requests that begin alike after a restart; "
+        "they hold conversations (default: they are not written)")  # fmt: skip
+    add("--prompt-cache-dir-bytes", env_var="OSAURUS_PROMPT_CACHE_DIR_BYTES", type=whole(-1, 2**62),
+        default=defaults.prompt_cache_dir_bytes, metavar="N",
+        help="of the files there (default 30 GiB, or a quarter of the free space if less)")  # fmt: skip
 
 
 def _add_speculation(target: configargparse.ArgumentParser, defaults: Settings) -> None:

@@ -153,12 +153,10 @@ class Batch:
             raise ValueError("a sequence needs a prompt and a number of tokens to generate")
         guesses = guesses and images is None  # guesses come from the prompt, and its names are no tokens
         chain = chain.copy() if chain else Chain()
-        prefix, pauses = None, []
-        if self._prompt_cache is not None:
+        store, prefix = self._prompt_cache, None
+        if store is not None:
             chain.extend(prompt)
-            prefix = self._beginning(self._prompt_cache, chain, prompt) if scores is None else None
-            found = prefix.length if prefix else 0
-            pauses = self._prompt_cache.pauses(found, len(prompt), stable_tokens)
+            prefix = self._beginning(store, chain, prompt) if scores is None else None
         found = prefix.length if prefix else 0
         row = BatchRow(
             uid=self._next_uid,
@@ -171,7 +169,7 @@ class Batch:
             caches=prefix.caches if prefix else make_prompt_cache(self._model),
             chain=chain,
             stable_tokens=stable_tokens,
-            pauses=pauses,
+            pauses=store.pauses(found, len(prompt), stable_tokens) if store is not None else [],
             drafts=self._speculation.drafts() if self._speculation is not None and guesses else None,
             scores=scores,
             images=images,
