@@ -47,6 +47,8 @@ SMOLLM = "smollm2-135m-instruct"
 TINY = "tiny-llama"
 MINILM = "all-minilm-l6-v2"
 _LOCK_SECONDS = 280
+# The context of endless_dir's model, and what to ask of it for an answer that nobody waits to see the end of.
+ENDLESS_TOKENS = 131_072
 
 # How long an example takes says what else the machine does, not whether the code is right; a test that
 # hangs is ended by pytest-timeout.
@@ -94,21 +96,35 @@ def _version(*builders: ModuleType) -> str:
     return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
 
-@pytest.fixture(scope="session")
-def tiny_dir(models_cache: Path, smollm_dir: Path) -> Path:
-    """A models directory that holds tiny-llama: random weights, SmolLM2's tokenizer."""
+def _tiny_models(models_cache: Path, smollm_dir: Path, name: str, **sizes: int) -> Path:
     from tests.harness import tiny, tiny_tokenizer
 
-    models_dir = models_cache / f"tiny-{_version(tiny, tiny_tokenizer)}"
+    models_dir = models_cache / f"{name}-{_version(tiny, tiny_tokenizer)}"
     with FileLock(models_cache / "tiny.lock", timeout=_LOCK_SECONDS):
         if not (models_dir / TINY).exists():
             models_dir.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=models_cache, prefix="tiny-") as scratch:
                 built = Path(scratch) / TINY
                 built.mkdir()
-                tiny.build(built, tokenizer_from=smollm_dir / SMOLLM)
+                tiny.build(built, tokenizer_from=smollm_dir / SMOLLM, **sizes)
                 built.rename(models_dir / TINY)
     return models_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(models_cache: Path, smollm_dir: Path) -> Path:
+    """A models directory that holds tiny-llama: random weights, SmolLM2's tokenizer."""
+    return _tiny_models(models_cache, smollm_dir, "tiny")
+
+
+@pytest.fixture(scope="session")
+def endless_dir(models_cache: Path, smollm_dir: Path) -> Path:
+    """The same model with a context that takes minutes to fill.
+
+    For tests that need an answer which runs until they end it: tiny-llama's own context is full after
+    half a second, and sooner on a machine faster than the one a test was written on.
+    """
+    return _tiny_models(models_cache, smollm_dir, "endless", context_length=ENDLESS_TOKENS)
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +133,15 @@ def tiny_core(tiny_dir: Path) -> Iterator[str]:
     from tests.harness.processes import NO_LIMITS, core_process
 
     with core_process(tiny_dir, *NO_LIMITS) as process:
+        yield process.address
+
+
+@pytest.fixture(scope="session")
+def endless_core(endless_dir: Path) -> Iterator[str]:
+    """Address of a core whose tiny-llama goes on for as long as a test lets it, limits off."""
+    from tests.harness.processes import NO_LIMITS, core_process
+
+    with core_process(endless_dir, *NO_LIMITS) as process:
         yield process.address
 
 

@@ -40,8 +40,8 @@ ASKED = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
 
 
 @pytest.fixture
-def client(tiny_core: str) -> Iterator[Osaurus]:
-    with Osaurus(tiny_core) as made:
+def client(endless_core: str) -> Iterator[Osaurus]:
+    with Osaurus(endless_core) as made:
         yield made
 
 
@@ -114,8 +114,8 @@ def test_errors_are_the_trees(client: Osaurus):
         nobody.list_models(timeout=5)
 
 
-async def test_asyncio_calls(tiny_core: str, client: Osaurus):
-    async with AsyncOsaurus(tiny_core) as other:
+async def test_asyncio_calls(endless_core: str, client: Osaurus):
+    async with AsyncOsaurus(endless_core) as other:
         reply = await other.chat("Hello", **ASKED)
         assert reply.text == client.chat("Hello", **ASKED).text
         async with other.stream("Hello", **ASKED) as stream:

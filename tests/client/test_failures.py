@@ -86,8 +86,8 @@ def question(text: str, max_tokens: int = 8) -> chat_pb2.ChatRequest:
     return request
 
 
-async def test_models_are_listed_described_loaded_and_unloaded(tiny_core: str) -> None:
-    async with AsyncOsaurus(tiny_core) as client:
+async def test_models_are_listed_described_loaded_and_unloaded(endless_core: str) -> None:
+    async with AsyncOsaurus(endless_core) as client:
         assert await client.is_serving()
         assert await client.is_serving("osaurus.v1.InferenceService")
         assert [model.id for model in await client.list_models()] == ["tiny-llama"]
@@ -98,17 +98,17 @@ async def test_models_are_listed_described_loaded_and_unloaded(tiny_core: str) -
         assert await client.unload_model("tiny-llama") is False
 
 
-async def test_a_stream_is_the_events_of_the_contract(tiny_core: str) -> None:
-    async with AsyncOsaurus(tiny_core) as client:
+async def test_a_stream_is_the_events_of_the_contract(endless_core: str) -> None:
+    async with AsyncOsaurus(endless_core) as client:
         kinds = [event.WhichOneof("event") async for event in client.chat_stream(question("Hello"))]
     assert kinds[0] == "started"
     assert kinds[-2:] == ["choice_finished", "completed"]
     assert set(kinds[1:-2]) == {"content"}
 
 
-async def test_leaving_a_stream_ends_the_call(tiny_core: str) -> None:
+async def test_leaving_a_stream_ends_the_call(endless_core: str) -> None:
     """The model cannot be unloaded while an answer runs, so that it can be shows that none does."""
-    async with AsyncOsaurus(tiny_core) as client:
+    async with AsyncOsaurus(endless_core) as client:
         async with aclosing(client.chat_stream(question("Hello", max_tokens=100_000))) as events:
             async for event in events:
                 if event.HasField("content"):
@@ -116,8 +116,8 @@ async def test_leaving_a_stream_ends_the_call(tiny_core: str) -> None:
         assert await client.unload_model("tiny-llama", timeout=20) is True
 
 
-async def test_errors_of_a_real_server(tiny_core: str) -> None:
-    async with AsyncOsaurus(tiny_core) as client:
+async def test_errors_of_a_real_server(endless_core: str) -> None:
+    async with AsyncOsaurus(endless_core) as client:
         with pytest.raises(errors.ModelNotFoundError, match="Model not found: omega"):
             await client.get_model("omega")
         wrong = question("Hello")
@@ -127,8 +127,8 @@ async def test_errors_of_a_real_server(tiny_core: str) -> None:
         assert raised.value.field.endswith("sampling.temperature")
 
 
-async def test_a_deadline_is_an_error_of_its_own(tiny_core: str) -> None:
-    async with AsyncOsaurus(tiny_core) as client:
+async def test_a_deadline_is_an_error_of_its_own(endless_core: str) -> None:
+    async with AsyncOsaurus(endless_core) as client:
         with pytest.raises(errors.RequestDeadlineError):
             async for _ in client.chat_stream(question("Hello", max_tokens=1_000_000), timeout=0.5):
                 pass

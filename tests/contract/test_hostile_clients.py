@@ -18,14 +18,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import TINY
+from tests.conftest import ENDLESS_TOKENS, TINY
 from tests.harness.processes import NO_LIMITS, core_process, rest_process
 
 SECONDS = 60
 HELLO = [{"role": "user", "content": "Hello"}]
 SHORT = {"model": TINY, "messages": HELLO, "max_tokens": 1, "options": {"num_predict": 1}}
-# As much as the model's context holds.
-ENDLESS = {"model": TINY, "messages": HELLO, "max_tokens": 2_000, "ignore_eos": True, "stream": True}
+ENDLESS = {"model": TINY, "messages": HELLO, "max_tokens": ENDLESS_TOKENS, "ignore_eos": True, "stream": True}
 # A call that goes on for longer than anybody listens.
 CITY = {"type": "string", "minLength": 4_000}
 WEATHER = {
@@ -42,9 +41,9 @@ CLIENTS = 120
 
 
 @pytest.fixture(scope="module")
-def server(tiny_dir: Path) -> Iterator[str]:
+def server(endless_dir: Path) -> Iterator[str]:
     flags = (*NO_LIMITS, "--max-batch-size", "2", "--max-waiting-requests", "8")
-    with core_process(tiny_dir, *flags) as core, rest_process(core.address) as rest:
+    with core_process(endless_dir, *flags) as core, rest_process(core.address) as rest:
         yield rest.url
 
 

@@ -25,6 +25,15 @@ def models_dir(tmp_path: Path, tiny_dir: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def endless_models_dir(tmp_path: Path, endless_dir: Path) -> Path:
+    """The same with a tiny model whose answers do not end by themselves."""
+    path = tmp_path / "endless-models"
+    path.mkdir()
+    (path / "tiny-llama").symlink_to(endless_dir / "tiny-llama")
+    return path
+
+
 @pytest.fixture(scope="module")
 def served_dir(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
     """The models directory of tiny_served, which no other test's server uses either."""

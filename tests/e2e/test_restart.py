@@ -18,6 +18,7 @@ from osaurus_grpc.cli.supervisor import is_healthy
 from osaurus_grpc.client import AsyncOsaurus, TransportError
 from osaurus_grpc.errors import OsaurusError
 from osaurus_grpc.v1 import chat_pb2
+from tests.conftest import ENDLESS_TOKENS
 from tests.e2e.serving import Served, serving
 
 RECOVERY_SECONDS = 120.0
@@ -26,7 +27,7 @@ RECOVERY_SECONDS = 120.0
 def endless_question() -> chat_pb2.ChatRequest:
     request = chat_pb2.ChatRequest(model="tiny-llama")
     request.messages.add(role=chat_pb2.ROLE_USER, content=[chat_pb2.ContentPart(text="Hi")])
-    request.sampling.max_tokens = 2000
+    request.sampling.max_tokens = ENDLESS_TOKENS
     request.sampling.ignore_eos = True
     return request
 
@@ -67,9 +68,9 @@ async def first_content(served: Served) -> list[chat_pb2.ChatStreamResponse]:
         return [event async for event in client.chat_stream(request)]
 
 
-def test_a_core_that_is_killed_in_mid_stream_is_started_again(models_dir: Path, home: Path) -> None:
-    with serving(home, "--model=tiny-llama", f"--models-dir={models_dir}") as served:
-        with post_stream(served.http, max_tokens=2000) as stream:
+def test_a_core_that_is_killed_in_mid_stream_is_started_again(endless_models_dir: Path, home: Path) -> None:
+    with serving(home, "--model=tiny-llama", f"--models-dir={endless_models_dir}") as served:
+        with post_stream(served.http, max_tokens=ENDLESS_TOKENS) as stream:
             served.child("osaurus_grpc").send_signal(signal.SIGKILL)
             rest = stream.read().decode()
         events = [line.removeprefix("data: ") for line in rest.splitlines() if line.startswith("data: ")]
@@ -94,8 +95,10 @@ async def ask_and_do(served: Served, kind: str, action: Callable[[], Awaitable[N
                 await action()
 
 
-async def test_a_grpc_client_gets_an_error_when_the_core_is_killed(models_dir: Path, home: Path) -> None:
-    with serving(home, "--model=tiny-llama", f"--models-dir={models_dir}") as served:
+async def test_a_grpc_client_gets_an_error_when_the_core_is_killed(
+    endless_models_dir: Path, home: Path
+) -> None:
+    with serving(home, "--model=tiny-llama", f"--models-dir={endless_models_dir}") as served:
 
         async def kill_the_core() -> None:
             served.child("osaurus_grpc").send_signal(signal.SIGKILL)
@@ -107,8 +110,8 @@ async def test_a_grpc_client_gets_an_error_when_the_core_is_killed(models_dir: P
             assert [model.id for model in await client.list_models(timeout=60)] == ["tiny-llama"]
 
 
-def test_an_http_server_that_is_killed_is_started_again(models_dir: Path, home: Path) -> None:
-    with serving(home, f"--models-dir={models_dir}") as served:
+def test_an_http_server_that_is_killed_is_started_again(endless_models_dir: Path, home: Path) -> None:
+    with serving(home, f"--models-dir={endless_models_dir}") as served:
         core = served.child("osaurus_grpc").pid
         served.child("rest_shim").send_signal(signal.SIGKILL)
         deadline = time.monotonic() + RECOVERY_SECONDS
@@ -119,16 +122,16 @@ def test_an_http_server_that_is_killed_is_started_again(models_dir: Path, home: 
         assert served.child("osaurus_grpc").pid == core
 
 
-def test_an_answer_in_progress_is_finished_before_the_end(models_dir: Path, home: Path) -> None:
-    with serving(home, "--model=tiny-llama", f"--models-dir={models_dir}") as served:
-        with post_stream(served.http, max_tokens=300) as stream:
+def test_an_answer_in_progress_is_finished_before_the_end(endless_models_dir: Path, home: Path) -> None:
+    with serving(home, "--model=tiny-llama", f"--models-dir={endless_models_dir}") as served:
+        with post_stream(served.http, max_tokens=2_000) as stream:
             served.popen.send_signal(signal.SIGTERM)
             assert "[DONE]" in stream.read().decode()
         assert served.popen.wait(60) == 0
 
 
-async def test_a_second_ctrl_c_does_not_wait(models_dir: Path, home: Path) -> None:
-    with serving(home, "--model=tiny-llama", f"--models-dir={models_dir}") as served:
+async def test_a_second_ctrl_c_does_not_wait(endless_models_dir: Path, home: Path) -> None:
+    with serving(home, "--model=tiny-llama", f"--models-dir={endless_models_dir}") as served:
 
         async def interrupt_twice() -> None:
             served.popen.send_signal(signal.SIGINT)

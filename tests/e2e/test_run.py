@@ -114,8 +114,15 @@ def terminal(home: Path, *arguments: str) -> Iterator[Terminal]:
         os.close(ours)
 
 
-def test_a_chat_in_a_terminal(models_dir: Path, home: Path) -> None:
-    with terminal(home, "run", "tiny-llama", "--max-tokens=1500", f"--models-dir={models_dir}") as chat:
+def test_a_chat_in_a_terminal(endless_models_dir: Path, home: Path) -> None:
+    with terminal(
+        home,
+        "run",
+        "tiny-llama",
+        "--temperature=0",
+        "--max-tokens=100000",
+        f"--models-dir={endless_models_dir}",
+    ) as chat:
         chat.read_until("Ctrl-C stops an answer.")
         chat.read_until(">>> ")
         chat.write("Hello\n")

@@ -26,7 +26,7 @@ Table = dict[str, dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def table(tiny_dir: Path, models_cache: Path) -> Iterator[Table]:
+def table(models_cache: Path) -> Iterator[Table]:
     """Language to its results, filled as the clients run; printed at the end."""
     found: Table = {}
     yield found
@@ -37,8 +37,8 @@ def table(tiny_dir: Path, models_cache: Path) -> Iterator[Table]:
 
 
 @pytest.fixture(scope="module")
-def address(tiny_dir: Path) -> Iterator[str]:
-    with core_process(tiny_dir, *NO_LIMITS) as core:
+def address(endless_dir: Path) -> Iterator[str]:
+    with core_process(endless_dir, *NO_LIMITS) as core:
         yield core.address
 
 

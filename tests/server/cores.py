@@ -21,8 +21,6 @@ from osaurus_grpc.v1.inference_service_pb2_grpc import InferenceServiceStub
 TINY = "tiny-llama"
 # No wait of a test is longer; what is waited for takes milliseconds on an idle machine.
 PATIENCE_SECONDS = 120.0
-# As much as the tiny model's context of 2048 holds: still running whenever a test looks at it.
-ENDLESS_TOKENS = 2_048
 
 
 def core_settings(models_dir: Path, **changes: Any) -> Settings:

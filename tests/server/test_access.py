@@ -14,8 +14,8 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from osaurus_grpc.server.app import Core
 from osaurus_grpc.v1 import inference_service_pb2
+from tests.conftest import ENDLESS_TOKENS
 from tests.server.cores import (
-    ENDLESS_TOKENS,
     PATIENCE_SECONDS,
     chat_request,
     eventually,
@@ -137,9 +137,9 @@ async def test_watchers_see_the_drain_also_after_one_left(tiny_dir: Path, name: 
         stayer.cancel()
 
 
-async def test_a_draining_core_refuses_with_a_status(tiny_dir: Path) -> None:
-    async with running_core(tiny_dir) as core, inference_stub(core.address) as inference:
-        stream = inference.ChatStream(stream_request(chat_request(max_tokens=300, ignore_eos=True)))
+async def test_a_draining_core_refuses_with_a_status(endless_dir: Path) -> None:
+    async with running_core(endless_dir) as core, inference_stub(core.address) as inference:
+        stream = inference.ChatStream(stream_request(chat_request(max_tokens=2_000, ignore_eos=True)))
         await stream.read()
         draining = asyncio.ensure_future(core.drain(PATIENCE_SECONDS))
         await eventually(lambda: core.calls.is_draining)
@@ -156,9 +156,9 @@ async def test_a_draining_core_refuses_with_a_status(tiny_dir: Path) -> None:
         await draining
 
 
-async def test_what_outlasts_the_drain_ends_with_a_status(tiny_dir: Path) -> None:
-    async with running_core(tiny_dir) as core, inference_stub(core.address) as inference:
-        request = stream_request(chat_request(max_tokens=2_048, ignore_eos=True))
+async def test_what_outlasts_the_drain_ends_with_a_status(endless_dir: Path) -> None:
+    async with running_core(endless_dir) as core, inference_stub(core.address) as inference:
+        request = stream_request(chat_request(max_tokens=ENDLESS_TOKENS, ignore_eos=True))
         stream, unary = inference.ChatStream(request), inference.Chat(request.chat)
         await eventually(lambda: core.engine.stats().running == 2)
 
@@ -171,8 +171,8 @@ async def test_what_outlasts_the_drain_ends_with_a_status(tiny_dir: Path) -> Non
         await eventually(lambda: core.engine.stats().running == 0)
 
 
-async def test_streams_that_end_while_they_open_end_with_a_status(tiny_dir: Path) -> None:
-    async with running_core(tiny_dir) as core, inference_stub(core.address) as inference:
+async def test_streams_that_end_while_they_open_end_with_a_status(endless_dir: Path) -> None:
+    async with running_core(endless_dir) as core, inference_stub(core.address) as inference:
         request = stream_request(chat_request(max_tokens=ENDLESS_TOKENS, ignore_eos=True))
         for turns in range(80):
             ended = asyncio.ensure_future(failure(inference.ChatStream(request)))

@@ -11,12 +11,13 @@ from typing import Any
 
 import grpc
 import pytest
+import pytest_asyncio
 
 from osaurus_grpc.server.app import Core
 from osaurus_grpc.v1 import inference_service_pb2, model_pb2, model_service_pb2
 from osaurus_grpc.v1.model_service_pb2_grpc import ModelServiceStub
+from tests.conftest import ENDLESS_TOKENS
 from tests.server.cores import (
-    ENDLESS_TOKENS,
     TINY,
     chat_request,
     eventually,
@@ -27,6 +28,19 @@ from tests.server.cores import (
 )
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def core(endless_dir: Path) -> AsyncIterator[Core]:
+    """A core whose answers end when they are left, limits off."""
+    async with running_core(endless_dir) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def inference(core: Core) -> AsyncIterator[Any]:
+    async with inference_stub(core.address) as stub:
+        yield stub
 
 
 def endless(text: str = "Hello", **sampling: Any) -> Any:
@@ -44,12 +58,12 @@ async def cut_short(core: Core, *, choices: int = 1) -> AsyncIterator[None]:
     before = core.engine.stats().completion_tokens
     yield
     await eventually(lambda: is_idle(core))
-    assert core.engine.stats().completion_tokens - before < choices * (ENDLESS_TOKENS - 200)
+    assert core.engine.stats().completion_tokens - before < choices * (ENDLESS_TOKENS - 1_000)
 
 
-async def test_a_cancelled_stream_lets_the_next_one_in(tiny_dir: Path) -> None:
+async def test_a_cancelled_stream_lets_the_next_one_in(endless_dir: Path) -> None:
     async with (
-        running_core(tiny_dir, max_concurrent_requests=1) as core,
+        running_core(endless_dir, max_concurrent_requests=1) as core,
         inference_stub(core.address) as inference,
     ):
         stream = inference.ChatStream(endless())
@@ -93,8 +107,8 @@ async def test_cancelling_during_prefill(core: Core, inference: Any) -> None:
     assert (await inference.Chat(chat_request())).usage.completion_tokens == 8
 
 
-async def test_cancelling_in_the_engines_queue(tiny_dir: Path) -> None:
-    async with running_core(tiny_dir, max_batch_size=1) as core, inference_stub(core.address) as inference:
+async def test_cancelling_in_the_engines_queue(endless_dir: Path) -> None:
+    async with running_core(endless_dir, max_batch_size=1) as core, inference_stub(core.address) as inference:
         running = inference.ChatStream(endless())
         await running.read()
         waiting = inference.ChatStream(endless())
@@ -118,8 +132,8 @@ async def test_cancelling_some_choices_stops_them_all(core: Core, inference: Any
         stream.cancel()
 
 
-async def test_a_waiter_that_leaves_does_not_abort_the_load(tiny_dir: Path) -> None:
-    async with running_core(tiny_dir) as core, inference_stub(core.address) as inference:
+async def test_a_waiter_that_leaves_does_not_abort_the_load(endless_dir: Path) -> None:
+    async with running_core(endless_dir) as core, inference_stub(core.address) as inference:
         call = inference.Chat(chat_request())
         await eventually(lambda: len(core.calls) == 1)
         call.cancel()
@@ -182,8 +196,8 @@ async def test_failed_requests_hold_nothing(tiny_dir: Path) -> None:
         await eventually(lambda: is_idle(core))
 
 
-async def test_load_and_unload(tiny_dir: Path) -> None:
-    async with running_core(tiny_dir) as core, grpc.aio.insecure_channel(core.address) as channel:
+async def test_load_and_unload(endless_dir: Path) -> None:
+    async with running_core(endless_dir) as core, grpc.aio.insecure_channel(core.address) as channel:
         models = ModelServiceStub(channel)
         load = model_service_pb2.LoadModelRequest(model=TINY)
         first, second = await models.LoadModel(load), await models.LoadModel(load)
@@ -200,13 +214,13 @@ async def test_load_and_unload(tiny_dir: Path) -> None:
         assert error.fields == ["model"]
 
 
-async def test_unloading_waits_for_the_requests_in_flight(tiny_dir: Path) -> None:
+async def test_unloading_waits_for_the_requests_in_flight(endless_dir: Path) -> None:
     async with (
-        running_core(tiny_dir) as core,
+        running_core(endless_dir) as core,
         inference_stub(core.address) as inference,
         grpc.aio.insecure_channel(core.address) as channel,
     ):
-        stream = inference.ChatStream(stream_request(chat_request(max_tokens=200, ignore_eos=True)))
+        stream = inference.ChatStream(stream_request(chat_request(max_tokens=2_000, ignore_eos=True)))
         await stream.read()
         unloading = asyncio.ensure_future(
             ModelServiceStub(channel).UnloadModel(model_service_pb2.UnloadModelRequest(model=TINY))
@@ -214,7 +228,7 @@ async def test_unloading_waits_for_the_requests_in_flight(tiny_dir: Path) -> Non
         event = None
         while (newer := await stream.read()) is not grpc.aio.EOF:
             event = newer
-        assert event.completed.usage.completion_tokens == 200
+        assert event.completed.usage.completion_tokens == 2_000
         assert (await unloading).was_loaded
 
 

@@ -27,6 +27,7 @@ from osaurus_grpc.v1 import (
     model_service_pb2,
 )
 from osaurus_grpc.v1.model_service_pb2_grpc import ModelServiceStub
+from tests.conftest import ENDLESS_TOKENS
 from tests.server.cores import (
     TINY,
     RichError,
@@ -361,12 +362,14 @@ async def test_a_model_without_a_template_cannot_chat(tiny_dir: Path, tmp_path: 
     assert error.info.metadata["capability"] == "chat"
 
 
-async def test_the_engines_queue_is_bounded(tiny_dir: Path) -> None:
+async def test_the_engines_queue_is_bounded(endless_dir: Path) -> None:
     async with (
-        running_core(tiny_dir, max_batch_size=1, max_waiting_requests=0) as core,
+        running_core(endless_dir, max_batch_size=1, max_waiting_requests=0) as core,
         inference_stub(core.address) as inference,
     ):
-        running = inference.ChatStream(stream_request(chat_request(max_tokens=1_900, ignore_eos=True)))
+        running = inference.ChatStream(
+            stream_request(chat_request(max_tokens=ENDLESS_TOKENS, ignore_eos=True))
+        )
         await running.read()
 
         error = await failure(inference.Chat(chat_request()))
@@ -377,12 +380,12 @@ async def test_the_engines_queue_is_bounded(tiny_dir: Path) -> None:
         running.cancel()
 
 
-async def test_no_room_for_another_model(tiny_dir: Path, tmp_path: Path) -> None:
+async def test_no_room_for_another_model(endless_dir: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        (tmp_path / name).symlink_to(tiny_dir / TINY)
+        (tmp_path / name).symlink_to(endless_dir / TINY)
     async with running_core(tmp_path, max_loaded_models=1) as core, inference_stub(core.address) as inference:
         running = inference.ChatStream(
-            stream_request(chat_request(model="a", max_tokens=1_900, ignore_eos=True))
+            stream_request(chat_request(model="a", max_tokens=ENDLESS_TOKENS, ignore_eos=True))
         )
         await running.read()
 
@@ -394,14 +397,16 @@ async def test_no_room_for_another_model(tiny_dir: Path, tmp_path: Path) -> None
         assert (await inference.Chat(chat_request(model="b"))).model == "b"
 
 
-async def test_a_model_in_use_is_not_unloaded(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_model_in_use_is_not_unloaded(endless_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residency, "_UNLOAD_WAIT_SECONDS", 0.05)
     async with (
-        running_core(tiny_dir) as core,
+        running_core(endless_dir) as core,
         inference_stub(core.address) as inference,
         grpc.aio.insecure_channel(core.address) as channel,
     ):
-        running = inference.ChatStream(stream_request(chat_request(max_tokens=1_900, ignore_eos=True)))
+        running = inference.ChatStream(
+            stream_request(chat_request(max_tokens=ENDLESS_TOKENS, ignore_eos=True))
+        )
         await running.read()
 
         error = await failure(

@@ -9,19 +9,23 @@ import grpc
 import pytest
 
 from osaurus_grpc.v1 import inference_service_pb2_grpc
+from tests.conftest import ENDLESS_TOKENS
 from tests.harness.processes import NO_LIMITS, core_process
 from tests.server.cores import chat_request, stream_request
 
 SMALLEST_CHUNK = 8
 
 
-def chunks_beside_a_stream(tiny_dir: Path, steps: int) -> list[int]:
+def chunks_beside_a_stream(endless_dir: Path, steps: int) -> list[int]:
     """Tokens by which a long prompt advances, step by step, while another stream runs."""
     flags = ("--max-pause-steps", str(steps), "--prompt-cache-bytes", "0")
-    with core_process(tiny_dir, *NO_LIMITS, *flags) as core, grpc.insecure_channel(core.address) as channel:
+    with (
+        core_process(endless_dir, *NO_LIMITS, *flags) as core,
+        grpc.insecure_channel(core.address) as channel,
+    ):
         stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
         running = stub.ChatStream(
-            stream_request(chat_request("Hi", max_tokens=1_900, ignore_eos=True)), timeout=120
+            stream_request(chat_request("Hi", max_tokens=ENDLESS_TOKENS, ignore_eos=True)), timeout=120
         )
         for _ in itertools.islice(running, 10):
             pass  # what a step takes is known then
@@ -38,8 +42,8 @@ def chunks_beside_a_stream(tiny_dir: Path, steps: int) -> list[int]:
 
 
 @pytest.mark.parametrize("steps", [1, 1024])
-def test_the_setting_bounds_what_is_processed_between_two_tokens(tiny_dir: Path, steps: int) -> None:
-    chunks = chunks_beside_a_stream(tiny_dir, steps)
+def test_the_setting_bounds_what_is_processed_between_two_tokens(endless_dir: Path, steps: int) -> None:
+    chunks = chunks_beside_a_stream(endless_dir, steps)
 
     assert chunks[0] == SMALLEST_CHUNK  # nothing is known yet of what a chunk takes
     if steps == 1:

@@ -16,10 +16,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from osaurus_grpc.v1 import chat_pb2, inference_service_pb2
 from osaurus_grpc.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tests.conftest import ENDLESS_TOKENS
 from tests.harness.processes import (
     NO_LIMITS,
     START_SECONDS,
-    Process,
     child_environment,
     core_process,
     wait_for_serving,
@@ -27,7 +27,9 @@ from tests.harness.processes import (
 from tests.server.cores import TINY, RichError, chat_request, stream_request, text_of, token_counts
 
 EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 - what the tests are about
-LONG = stream_request(chat_request(max_tokens=1_200, ignore_eos=True))
+ENDLESS = stream_request(chat_request(max_tokens=ENDLESS_TOKENS, ignore_eos=True))
+# A second of work at least.
+LONG = stream_request(chat_request(max_tokens=3_000, ignore_eos=True))
 
 
 @pytest.fixture
@@ -182,19 +184,21 @@ def test_it_serves_once_the_preloaded_model_is_there(tiny_dir: Path) -> None:
     assert not response.timings.HasField("load_duration")
 
 
-def begin_stream(process: Process, channel: grpc.Channel) -> Iterator[chat_pb2.ChatStreamResponse]:
-    stream = InferenceServiceStub(channel).ChatStream(LONG)
+def begin_stream(
+    channel: grpc.Channel, request: chat_pb2.ChatStreamRequest = ENDLESS
+) -> Iterator[chat_pb2.ChatStreamResponse]:
+    stream = InferenceServiceStub(channel).ChatStream(request)
     assert next(stream).WhichOneof("event") == "started"
     return stream
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_signal_lets_streams_end(tiny_dir: Path, number: signal.Signals) -> None:
+def test_a_stop_signal_lets_streams_end(endless_dir: Path, number: signal.Signals) -> None:
     with (
-        core_process(tiny_dir, *NO_LIMITS, "--preload-model", TINY) as process,
+        core_process(endless_dir, *NO_LIMITS, "--preload-model", TINY, "--drain-seconds", "240") as process,
         grpc.insecure_channel(process.address) as channel,
     ):
-        stream = begin_stream(process, channel)
+        stream = begin_stream(channel, LONG)
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
 
@@ -213,10 +217,10 @@ def test_a_stop_signal_lets_streams_end(tiny_dir: Path, number: signal.Signals) 
         assert "Traceback" not in process.log()
 
 
-def test_the_drains_time_is_bounded(tiny_dir: Path) -> None:
+def test_the_drains_time_is_bounded(endless_dir: Path) -> None:
     flags = (*NO_LIMITS, "--preload-model", TINY, "--drain-seconds", "0.1")
-    with core_process(tiny_dir, *flags) as process, grpc.insecure_channel(process.address) as channel:
-        stream = begin_stream(process, channel)
+    with core_process(endless_dir, *flags) as process, grpc.insecure_channel(process.address) as channel:
+        stream = begin_stream(channel)
 
         process.popen.terminate()
 
@@ -226,10 +230,10 @@ def test_the_drains_time_is_bounded(tiny_dir: Path) -> None:
         assert process.wait() == 0
 
 
-def test_a_second_signal_ends_it_at_once(tiny_dir: Path) -> None:
+def test_a_second_signal_ends_it_at_once(endless_dir: Path) -> None:
     flags = (*NO_LIMITS, "--preload-model", TINY, "--drain-seconds", "600")
-    with core_process(tiny_dir, *flags) as process, grpc.insecure_channel(process.address) as channel:
-        begin_stream(process, channel)
+    with core_process(endless_dir, *flags) as process, grpc.insecure_channel(process.address) as channel:
+        begin_stream(channel)
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         next(watch)
         process.popen.send_signal(signal.SIGINT)
@@ -240,12 +244,12 @@ def test_a_second_signal_ends_it_at_once(tiny_dir: Path) -> None:
         assert process.wait() == -signal.SIGINT
 
 
-def test_the_core_dies_and_the_client_hears_of_it(tiny_dir: Path) -> None:
+def test_the_core_dies_and_the_client_hears_of_it(endless_dir: Path) -> None:
     with (
-        core_process(tiny_dir, *NO_LIMITS, "--preload-model", TINY) as process,
+        core_process(endless_dir, *NO_LIMITS, "--preload-model", TINY) as process,
         grpc.insecure_channel(process.address) as channel,
     ):
-        stream = begin_stream(process, channel)
+        stream = begin_stream(channel)
         process.popen.kill()
         with pytest.raises(grpc.RpcError) as raised:
             list(stream)

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from osaurus_grpc.chat.types import Message, Role
-from osaurus_grpc.server.app import Core
 from osaurus_grpc.server.sessions import History, SessionKey, Sessions
 from osaurus_grpc.v1 import chat_pb2, completion_pb2, inference_service_pb2, sampling_pb2
+from tests.conftest import ENDLESS_TOKENS
 from tests.server.cores import (
     TINY,
     chat_request,
@@ -272,24 +272,27 @@ async def test_a_system_message_restarts_the_session(inference: Any) -> None:
 
 
 @on_a_server
-async def test_a_busy_session_answers_from_what_it_remembers(inference: Any, core: Core) -> None:
-    first = await inference.Chat(in_session("busy", user("Hello")))
-    running = inference.ChatStream(
-        stream_request(in_session("busy", user("Tell me all"), max_tokens=1_500, ignore_eos=True))
-    )
-    await running.read()
+async def test_a_busy_session_answers_from_what_it_remembers(endless_dir: Path) -> None:
+    async with running_core(endless_dir) as core, inference_stub(core.address) as inference:
+        first = await inference.Chat(in_session("busy", user("Hello")))
+        running = inference.ChatStream(
+            stream_request(
+                in_session("busy", user("Tell me all"), max_tokens=ENDLESS_TOKENS, ignore_eos=True)
+            )
+        )
+        await running.read()
 
-    second = await inference.Chat(in_session("busy", user("And me?")))
-    running.cancel()
-    await eventually(lambda: len(core.calls) == 0)
-    third = await inference.Chat(in_session("busy", user("Still there?")))
+        second = await inference.Chat(in_session("busy", user("And me?")))
+        running.cancel()
+        await eventually(lambda: len(core.calls) == 0)
+        third = await inference.Chat(in_session("busy", user("Still there?")))
 
-    for response in (second, third):
-        assert list(response.prompt_token_ids)[: len(spoken(first))] == spoken(first)
-    # Neither the second nor the cancelled one left a trace.
-    expected = await prompt_of(inference, user("Hello"), assistant(text_of(first)), user("Still there?"))
-    texts = await _texts(inference, third.prompt_token_ids, expected)
-    assert texts[0] == texts[1]
+        for response in (second, third):
+            assert list(response.prompt_token_ids)[: len(spoken(first))] == spoken(first)
+        # Neither the second nor the cancelled one left a trace.
+        expected = await prompt_of(inference, user("Hello"), assistant(text_of(first)), user("Still there?"))
+        texts = await _texts(inference, third.prompt_token_ids, expected)
+        assert texts[0] == texts[1]
 
 
 @on_a_server
