@@ -7,9 +7,8 @@ refused by name. The one built admits only values that the original admits, and 
 
 * An object that declares properties and says nothing of others has no others. (By the letter, JSON
   schema admits any; models ramble.)
-* A schema that only speaks of objects, arrays, strings or numbers is for values of that type. As an
-  alternative of a oneOf it would, by the letter, rule out the values of every other type, so there all
-  must be of one.
+* A schema that only speaks of objects, arrays, strings or numbers is for values of that type.
+* Objects that a property of listed values would tell apart in a oneOf have that property.
 * Integers without bounds have at most 19 digits; bounds that no float holds are moved inward.
 * Formats: formats.py.
 
@@ -18,16 +17,30 @@ Annotations, and the names of vendors (`x-…`), say nothing about values and ar
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
-from typing import Any, Final, Never, TypeGuard
-from urllib.parse import unquote
+from typing import Final, NamedTuple, Never
 
 from osaurus_grpc.chat import schema_bounds
 from osaurus_grpc.chat.formats import FORMATS
+from osaurus_grpc.chat.schema_drafts import simplified
+from osaurus_grpc.chat.schema_keywords import (
+    ANNOTATIONS,
+    APPLICATORS,
+    TYPES,
+    UNENFORCED,
+    Schema,
+    are_names,
+    asserting_keywords,
+    is_reference,
+    only_kind,
+)
+from osaurus_grpc.chat.schema_overlap import Overlap, TooMuchToCompareError, telling_property
+from osaurus_grpc.chat.schema_references import References, Use, definition
 from osaurus_grpc.errors import InvalidRequestError
 
 MAX_SCHEMA_CHARACTERS: Final = 262_144
@@ -49,38 +62,21 @@ _NUL: Final = r"[\x00]"
 # At most one blank after a comma or a colon: models are used to one, and small ones loop on more.
 _FORM: Final = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
-_TYPES: Final = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
-_ANNOTATIONS: Final = frozenset(
-    {
-        "$anchor", "$comment", "$defs", "$dynamicAnchor", "$id", "$recursiveAnchor", "$schema", "$vocabulary",
-        "contentEncoding", "contentMediaType", "contentSchema", "default", "definitions", "deprecated",
-        "description", "discriminator", "example", "examples", "externalDocs", "id", "nullable",
-        "propertyOrdering", "readOnly", "title", "writeOnly", "xml",
-    }
-)  # fmt: skip
-# Keywords of JSON schema that say something about values and cannot be enforced, or not in general.
-_UNENFORCED: Final = frozenset(
-    {
-        "$dynamicRef", "$recursiveRef", "contains", "dependencies", "dependentRequired", "dependentSchemas",
-        "else", "if", "maxContains", "minContains", "not", "propertyNames", "then", "unevaluatedItems",
-        "unevaluatedProperties", "uniqueItems",
-    }
-)  # fmt: skip
-_FAMILIES: Final[Mapping[str, str]] = {
-    **dict.fromkeys(("minLength", "maxLength", "pattern", "format"), "string"),
-    **dict.fromkeys(
-        ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"), "number"
-    ),
-    **dict.fromkeys(("items", "prefixItems", "additionalItems", "minItems", "maxItems"), "array"),
-    **dict.fromkeys(
-        ("properties", "patternProperties", "additionalProperties", "required", "minProperties",
-         "maxProperties", "propertyNames"), "object"
-    ),
-}  # fmt: skip
-_UNIONS: Final = ("anyOf", "oneOf", "allOf")
-_APPLICATORS: Final = frozenset({*_UNIONS, "$ref", "enum", "const"})
 
-Schema = dict[str, Any]
+class _OneOf(NamedTuple):
+    """Alternatives that must be shown to be apart.
+
+    Attributes:
+        path: Where the oneOf stands.
+        made: The schema that was made of the one with the oneOf.
+        narrowed: What was made of the alternatives.
+        said: The alternatives as the client wrote them.
+    """
+
+    path: str
+    made: Schema
+    narrowed: list[Schema | bool]
+    said: list[object]
 
 
 def prepared(text: str, *, strict: bool, field: str, lenient: bool = False) -> str:
@@ -143,11 +139,8 @@ class _Rewriting:
         self._field = field
         self._count = 0
         self._shared_multiple = 1
-        # What was referred to: (pointer, alone) to its name, in the order of their discovery.
-        self._names: dict[tuple[str, bool], str] = {}
-        self._pending: list[tuple[str, bool]] = []
-        # Pointers that are known to lead to something else than a reference.
-        self._ending: set[str] = set()
+        self._references = References(root, self._refuse)
+        self._one_ofs: list[_OneOf] = []
 
     def result(self) -> Schema:
         """The rewritten schema.
@@ -157,13 +150,13 @@ class _Rewriting:
         schema = self._schema(self._root, "#", alone=True)
         assert isinstance(schema, dict)
         definitions: Schema = {}
-        while self._pending:
-            key = self._pending.pop()
-            target = self._resolve(key[0])
-            definition = self._schema(target, key[0], alone=key[1])
-            if isinstance(definition, dict):
-                definition["$comment"] = key[0]
-            definitions[self._names[key]] = definition
+        for name, use in self._references.pending():
+            target = _with_property(self._references.resolve(use.pointer), use.property)
+            made = self._schema(target, use.pointer, alone=use.alone)
+            if isinstance(made, dict):
+                made["$comment"] = use.pointer
+            definitions[name] = made
+        self._require_apart(definitions)
         if definitions:
             schema["$defs"] = definitions
         return schema
@@ -180,7 +173,10 @@ class _Rewriting:
         if not self._lenient:
             self._refuse(keyword, path, why)
 
-    def _schema(self, node: object, path: str, *, alone: bool) -> Schema | bool:
+    def _schema(
+        self, node: object, path: str, *, alone: bool, within: list[str] | None = None
+    ) -> Schema | bool:
+        """What a schema becomes; `within` are the types to which a schema around it keeps the same value."""
         self._count += 1
         if self._count > MAX_SCHEMAS:
             raise InvalidRequestError(
@@ -199,77 +195,31 @@ class _Rewriting:
         base = node.get("$id")
         if path != "#" and isinstance(base, str) and not base.startswith("#") and _refers(node):
             self._refuse("$id", f"{path}/$id", "cannot stand above a reference but at the schema's top.")
-        node = self._simplified(node, path)
-        asserting = _asserting(node)
+        node = simplified(node)
+        asserting = asserting_keywords(node)
         out: Schema = {}
         types = self._types(node, path)
-        if types is None and alone and (family := _family(node)):
+        if types is None and alone and (family := only_kind(node)) and _is_within(family, within):
             types = [family]
         if types is not None:
             out["type"] = types[0] if len(types) == 1 else types
         for key, value in node.items():
             # Alternatives are alone where nothing but one type is said beside them.
-            others = (asserting - {key}) & (_APPLICATORS if key == "multipleOf" else asserting)
+            others = (asserting - {key}) & (APPLICATORS if key == "multipleOf" else asserting)
             is_alone = alone and not others and (types is None or len(types) == 1)
-            self._keyword(out, key, value, f"{path}/{_escaped(key)}", types, is_alone)
-        if types is not None and not asserting & _APPLICATORS:
+            self._keyword(out, key, value, f"{path}/{_escaped(key)}", types or within, is_alone)
+        if types is not None and not asserting & APPLICATORS:
             _bound_integers(out, types)
             if alone and "object" in types:
                 _close(out)
         self._check_counts(out, path)
         return out
 
-    def _simplified(self, node: Schema, path: str) -> Schema:
-        """The same schema with what older drafts and other keywords say in draft 2020-12's usual ones."""
-        node = dict(node)
-        if isinstance(node.get("items"), list):
-            node = _renamed(node, "items", "prefixItems")
-            if "additionalItems" in node:
-                node = _renamed(node, "additionalItems", "items")
-        node.pop("additionalItems", None)
-        for bound, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
-            if isinstance(node.get(exclusive), bool) and node.pop(exclusive) and bound in node:
-                node = _renamed(node, bound, exclusive)
-        if node.get("uniqueItems") is False:
-            del node["uniqueItems"]
-        if node.get("unevaluatedProperties") is True:
-            del node["unevaluatedProperties"]
-        if node.get("unevaluatedItems") is True:
-            del node["unevaluatedItems"]
-        if (
-            node.get("unevaluatedProperties") is False
-            and "additionalProperties" not in node
-            and not _APPLICATORS & node.keys()
-        ):
-            node = _renamed(node, "unevaluatedProperties", "additionalProperties")
-        if "propertyNames" in node:
-            node = self._with_names(node, f"{path}/propertyNames")
-        return node
-
-    def _with_names(self, node: Schema, path: str) -> Schema:
-        """Express propertyNames by keywords that are enforced, where that can be done."""
-        names = node["propertyNames"]
-        rest = {key: value for key, value in node.items() if key != "propertyNames"}
-        if not isinstance(names, dict):
-            return rest if names is True else node
-        said = {key: value for key, value in names.items() if key not in _ANNOTATIONS}
-        if said.pop("type", "string") != "string" or not said:
-            return rest if not said else node
-        value = rest.get("additionalProperties", True)
-        if {"properties", "patternProperties"} & rest.keys():
-            return node
-        if said.keys() == {"pattern"} and isinstance(said["pattern"], str):
-            return {**rest, "patternProperties": {said["pattern"]: value}, "additionalProperties": False}
-        if said.keys() == {"enum"} and _are_names(said["enum"]):
-            properties = dict.fromkeys(said["enum"], value)
-            return {**rest, "properties": properties, "additionalProperties": False}
-        return node
-
     def _types(self, node: Schema, path: str) -> list[str] | None:
         if "type" not in node:
             return None
         types = node["type"] if isinstance(node["type"], list) else [node["type"]]
-        if not types or not all(isinstance(name, str) and name in _TYPES for name in types):
+        if not types or not all(isinstance(name, str) and name in TYPES for name in types):
             self._refuse("type", f"{path}/type", "is not a type of JSON schema.")
         return list(dict.fromkeys(types))
 
@@ -286,15 +236,15 @@ class _Rewriting:
                 out[key] = self._schema(value, path, alone=True)
             case "prefixItems":
                 out[key] = self._several(key, value, path, alone=True)
-            case "anyOf" | "oneOf" | "allOf":
+            case "anyOf" | "allOf":
                 schemas = self._several(
-                    key, value, path, alone=alone and (key != "allOf" or _is_single(value))
+                    key, value, path, alone=alone and (key != "allOf" or _is_single(value)), within=types
                 )
-                if key == "oneOf" and alone and not self._lenient:
-                    self._require_one_type(value, types, path)
                 self._combine(out, key, schemas)
+            case "oneOf":
+                self._one_of(out, value, path, types, alone)
             case "$ref":
-                out[key] = self._reference(value, path, alone)
+                out[key] = self._references.use(Use(self._references.pointer(value, path), alone))
             case "enum" | "const":
                 values = value if key == "enum" and isinstance(value, list) else [value]
                 if key == "enum" and not (isinstance(value, list) and value):
@@ -302,7 +252,7 @@ class _Rewriting:
                 if self._are_exact(key, values, path):
                     out[key] = value
             case "required":
-                if not _are_names(value):
+                if not are_names(value):
                     self._refuse(key, path, "must be a list of names.")
                 out[key] = list(dict.fromkeys(value))
             case "minLength" | "maxLength" | "minItems" | "maxItems" | "minProperties" | "maxProperties":
@@ -322,9 +272,9 @@ class _Rewriting:
                 self._other(key, value, path)
 
     def _other(self, key: str, value: object, path: str) -> None:
-        if key in _UNENFORCED:
+        if key in UNENFORCED:
             self._cannot(key, path)
-        elif key not in _ANNOTATIONS and not key.startswith("x-") and self._strict:
+        elif key not in ANNOTATIONS and not key.startswith("x-") and self._strict:
             self._refuse(key, path, "is not a keyword of JSON schema.")
 
     def _named(self, key: str, value: object, path: str) -> Schema:
@@ -335,14 +285,16 @@ class _Rewriting:
             for name, schema in value.items()
         }
 
-    def _several(self, key: str, value: object, path: str, *, alone: bool) -> list[Schema | bool]:
+    def _several(
+        self, key: str, value: object, path: str, *, alone: bool, within: list[str] | None = None
+    ) -> list[Schema | bool]:
         if not isinstance(value, list) or (not value and key != "prefixItems"):
             self._refuse(key, path, "must be a list with at least one schema.")
-        return [self._schema(schema, f"{path}/{i}", alone=alone) for i, schema in enumerate(value)]
+        return [
+            self._schema(schema, f"{path}/{i}", alone=alone, within=within) for i, schema in enumerate(value)
+        ]
 
     def _combine(self, out: Schema, key: str, schemas: list[Schema | bool]) -> None:
-        if key == "oneOf" and self._lenient:
-            key = "anyOf"
         if key == "allOf" or key in out:
             # A format beside a pattern has put an allOf of its own there.
             extra = schemas if key == "allOf" else [{key: schemas}]
@@ -350,70 +302,63 @@ class _Rewriting:
         else:
             out[key] = schemas
 
-    def _require_one_type(self, alternatives: object, types: list[str] | None, path: str) -> None:
-        """Refuse alternatives of which one admits, by not speaking of them, the values of another."""
-        assert isinstance(alternatives, list)
-        nodes = [self._target(node) for node in alternatives]
-        if not any(map(_family, nodes)):
+    def _one_of(self, out: Schema, value: object, path: str, types: list[str] | None, alone: bool) -> None:
+        """Put alternatives of which a value may satisfy one only there as a union."""
+        if not isinstance(value, list) or not value:
+            self._refuse("oneOf", path, "must be a list with at least one schema.")
+        said: list[object] = value
+        names = [_required_only(node) for node in said]
+        if all(names) and not self._lenient:
+            self._combine(out, "anyOf", self._exclusively(names, path))
             return
-        spoken = [[family] if (family := _family(node)) else _said_types(node) for node in nodes]
-        names = {name for names in (*spoken, types or ()) for name in names}
-        if len({"number" if name == "integer" else name for name in names}) > 1:
-            why = "cannot be enforced: what says no type admits all other types, too; say it, or use anyOf."
-            self._refuse("oneOf", path, why)
-
-    def _target(self, node: object) -> object:
-        """What a schema refers to, where it says nothing else."""
-        while isinstance(node, dict) and "$ref" in node and not _asserting(node) - {"$ref"}:
-            node = self._resolve(unquote(self._pointer(node["$ref"])))
-        return node
-
-    def _reference(self, value: object, path: str, alone: bool) -> str:
-        if not isinstance(value, str):
-            self._refuse("$ref", path, "must be a string.")
-        pointer = self._pointer(value)
-        if pointer != "#" and not pointer.startswith("#/"):
-            self._refuse("$ref", path, 'must point into the same schema, as in "#/$defs/name".')
-        pointer = unquote(pointer)
-        self._require_end(pointer, path)
-        key = (pointer, alone)
-        if key not in self._names:
-            self._names[key] = f"d{len(self._names)}"
-            self._pending.append(key)
-        return f"#/$defs/{self._names[key]}"
-
-    def _pointer(self, reference: str) -> str:
-        """A reference as a pointer into this schema, where it is one."""
-        own = self._root.get("$id")
-        pointer = reference.removeprefix(own) if isinstance(own, str) and own.strip("#") else reference
-        return pointer or "#"
-
-    def _require_end(self, pointer: str, path: str) -> None:
-        """Refuse references that go in a circle without saying anything."""
-        seen: set[str] = set()
-        # What was followed to its end once is not followed again: chains would take their length's square.
-        while pointer not in self._ending:
-            if pointer in seen:
-                self._refuse("$ref", path, "refers to itself.")
-            seen.add(pointer)
-            node = self._resolve(pointer, path)
-            following = node.get("$ref") if isinstance(node, dict) else None
-            if not isinstance(following, str) or (following and not following.startswith("#")):
-                break
-            pointer = following or "#"
-        self._ending |= seen
-
-    def _resolve(self, pointer: str, path: str = "") -> object:
-        node: object = self._root
-        for part in pointer.split("/")[1:]:
-            name = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(node, dict) and name in node:
-                node = node[name]
-            elif isinstance(node, list) and name.isdecimal() and int(name[:9]) < len(node):
-                node = node[int(name[:9])]
+        ends = [self._references.end(node, is_reference, f"{path}/{i}/$ref") for i, node in enumerate(said)]
+        telling = telling_property([node for _, node in ends]) if alone else None
+        narrowed: list[Schema | bool] = []
+        for i, node in enumerate(said):
+            pointer = ends[i][0]
+            if pointer is not None and telling is not None:
+                narrowed.append({"$ref": self._references.use(Use(pointer, alone, telling))})
             else:
-                self._refuse("$ref", path, "points to nothing.")
-        return node
+                node = _with_property(node, telling)
+                narrowed.append(self._schema(node, f"{path}/{i}", alone=alone, within=types))
+        if telling is None and not self._lenient:
+            self._one_ofs.append(_OneOf(path, out, narrowed, said))
+        self._combine(out, "anyOf", narrowed)
+
+    def _exclusively(self, names: list[list[str]], path: str) -> list[Schema | bool]:
+        """Alternatives that only ask for properties, each without one of every other."""
+        made: list[Schema | bool] = []
+        for own in names:
+            others = [[name for name in other if name not in own] for other in names if other is not own]
+            if not all(others):
+                self._refuse(
+                    "oneOf", path, "cannot be enforced: one alternative's properties are in another."
+                )
+            forbidden = dict.fromkeys((other[0] for other in others), False)
+            made.append({"type": "object", "required": own, "properties": forbidden})
+        return made
+
+    def _require_apart(self, definitions: Schema) -> None:
+        """Refuse alternatives where a value that may be written could satisfy another one, too.
+
+        What is written satisfies the narrowed schemas; whether it is valid is for the client's to say.
+        """
+        overlap = Overlap(
+            left=lambda reference: definitions[definition(reference)],
+            right=lambda reference: self._references.resolve(self._references.pointer(reference, "#")),
+        )
+        for path, made, narrowed, said in self._one_ofs:
+            beside = {key: value for key, value in made.items() if value is not narrowed and key != "allOf"}
+            for i, j in itertools.permutations(range(len(said)), 2):
+                try:
+                    if overlap.are_apart({"allOf": [narrowed[i], beside]}, said[j]):
+                        continue
+                except TooMuchToCompareError:
+                    self._refuse(
+                        "oneOf", path, "cannot be enforced: its alternatives are too many to compare."
+                    )
+                why = f"cannot be enforced: no type and no constant tells the alternatives {i} and {j} apart"
+                self._refuse("oneOf", path, f"{why}; use anyOf.")
 
     def _are_exact(self, key: str, values: Iterable[object], path: str) -> bool:
         """Refuse numbers that the library would round; False where they are left out."""
@@ -487,25 +432,24 @@ class _Rewriting:
             out.pop("minProperties")
 
 
-def _asserting(node: Schema) -> set[str]:
-    """The keywords of a schema that say something about values, its type apart."""
-    return {key for key in node if key in _FAMILIES or key in _APPLICATORS}
+def _is_within(kind: str, types: list[str] | None) -> bool:
+    return types is None or kind in types or (kind == "number" and "integer" in types)
 
 
-def _family(node: object) -> str | None:
-    """The only type that a schema speaks of without naming it; None where there is no such type."""
-    if not isinstance(node, dict) or "type" in node or (asserting := _asserting(node)) & _APPLICATORS:
-        return None
-    families = {_FAMILIES[key] for key in asserting}
-    return families.pop() if len(families) == 1 else None
+def _with_property(node: object, name: str | None) -> object:
+    """A schema of objects that must have a property besides."""
+    if name is None or not isinstance(node, dict) or not are_names(node.get("required", [])):
+        return node
+    return {**node, "required": [*node.get("required", ()), name]}
 
 
-def _said_types(node: object) -> list[str]:
-    """The types that a schema names; "any" where it names none."""
-    if node is False:
+def _required_only(node: object) -> list[str]:
+    """The properties that a schema asks for; empty where it says anything else."""
+    if not isinstance(node, dict) or node.get("type", "object") != "object":
         return []
-    named = node.get("type", "any") if isinstance(node, dict) else "any"
-    return named if isinstance(named, list) else [named]
+    said = {key for key in node if key not in ANNOTATIONS and not key.startswith("x-")} - {"type"}
+    names = node.get("required")
+    return names if said == {"required"} and are_names(names) else []
 
 
 def _beyond_whole(key: str, bound: float) -> float:
@@ -529,18 +473,9 @@ def _without_nul(pattern: str) -> str:
     return _NEGATED_CLASS.sub(lambda found: f"{found[1]}{_NUL}" if found[1] else found[0], pattern)
 
 
-def _are_names(value: object) -> TypeGuard[list[str]]:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
 def _escaped(name: str) -> str:
     """A name as a part of a JSON pointer (RFC 6901)."""
     return name.replace("~", "~0").replace("/", "~1")
-
-
-def _renamed(node: Schema, old: str, new: str) -> Schema:
-    """The same with a keyword under another name, in its place; one of that name is dropped."""
-    return {new if key == old else key: value for key, value in node.items() if key != new or old not in node}
 
 
 def _refers(node: object) -> bool:

@@ -30,10 +30,6 @@ _MEANINGS: Final[tuple[tuple[re.Pattern[str], str], ...]] = tuple(
         (r"^error: (.+)$", r"the expression is not understood: \1"),
         (r"lookarounds not supported", "the expression has an anchor or a word boundary where none can be"),
         (r"Unable to determine if regex is empty", "its expressions are too much work together"),
-        (
-            r"oneOf constraints are not supported",
-            "no type and no constant tells the alternatives apart; use anyOf",
-        ),
         (r"Failed to generate regex for \w+ range", "the bounds are too large or too small numbers"),
         (r"circular references", "it refers to itself beside other keywords"),
         (r"Unsatisfiable schema: Regex is empty", "no text satisfies it"),
