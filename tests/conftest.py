@@ -99,7 +99,8 @@ def _version(*builders: ModuleType) -> str:
 def _tiny_models(models_cache: Path, smollm_dir: Path, name: str, **sizes: int) -> Path:
     from tests.harness import tiny, tiny_tokenizer
 
-    models_dir = models_cache / f"{name}-{_version(tiny, tiny_tokenizer)}"
+    size = "".join(f"-{value}" for value in sizes.values())
+    models_dir = models_cache / f"{name}{size}-{_version(tiny, tiny_tokenizer)}"
     with FileLock(models_cache / "tiny.lock", timeout=_LOCK_SECONDS):
         if not (models_dir / TINY).exists():
             models_dir.mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ from threading import Event
 
 import pytest
 
-from osaurus_grpc.chat.compiling import MAX_IN_LANE, SMALL_CHARACTERS, CompilingThreads
+from osaurus_grpc.chat.compiling import MAX_IN_LANE, PATIENCE_SECONDS, SMALL_CHARACTERS, CompilingThreads
 from osaurus_grpc.errors import OverloadedError
 
 LARGE = SMALL_CHARACTERS + 1
@@ -45,7 +45,7 @@ async def test_small_work_uses_both_threads(gate: Event) -> None:
 
 
 async def test_waiting_has_an_end(gate: Event) -> None:
-    threads = CompilingThreads(patience_seconds=0.01)
+    threads = CompilingThreads()
     entered = Event()
 
     def hold() -> bool:
@@ -55,8 +55,10 @@ async def test_waiting_has_an_end(gate: Event) -> None:
     running = asyncio.ensure_future(threads.run(hold, size=LARGE))
     await asyncio.to_thread(entered.wait)
     begun: list[int] = []
+    threads._patience_seconds = 0.01
     with pytest.raises(OverloadedError, match="other requests took more than") as raised:
         await threads.run(lambda: begun.append(1), size=LARGE)
+    threads._patience_seconds = PATIENCE_SECONDS
     assert raised.value.retry_after_seconds
     # What has begun is waited for however long it takes.
     assert not running.done()

@@ -35,6 +35,13 @@ def server(tiny_dir: Path, smollm_dir: Path, minilm_dir: Path, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
+def endless_server(endless_dir: Path) -> Iterator[str]:
+    """Base URL of a shim whose tiny-llama goes on for longer than any buffer holds."""
+    with core_process(endless_dir, *NO_LIMITS) as core, rest_process(core.address) as rest:
+        yield rest.url
+
+
+@pytest.fixture(scope="session")
 def environments(models_cache: Path) -> Iterator[Path]:
     """Where environments are kept. The chosen clients' are made meanwhile, for it is mostly waiting."""
     cache = models_cache / "clients"
@@ -55,6 +62,7 @@ def test_client(client: Client, request: pytest.FixtureRequest) -> None:
         pytest.skip('CLIENT_SUITES does not name it, nor says "all"')
     settings = {
         "SERVER_URL": request.getfixturevalue("server"),
+        "ENDLESS_URL": request.getfixturevalue("endless_server"),
         "CHAT_MODEL": SMOLLM,
         "TINY_MODEL": TINY,
         "EMBEDDING_MODEL": MINILM,

@@ -16,23 +16,23 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import TINY
+from tests.conftest import ENDLESS_TOKENS, TINY
 from tests.harness.processes import core_process, rest_process
 
 SECONDS = 60
-# Tiny-llama's context: far more than is generated before the client leaves.
 LONG = {
     "model": TINY,
     "messages": [{"role": "user", "content": "Hello"}],
     "temperature": 0,
-    "max_tokens": 100_000,
+    "max_tokens": ENDLESS_TOKENS,
+    "ignore_eos": True,
 }
 
 
 @pytest.fixture(scope="module")
-def server(tiny_dir: Path) -> Iterator[str]:
+def server(endless_dir: Path) -> Iterator[str]:
     flags = ("--max-concurrent-requests", "1", "--requests-per-minute", "0")
-    with core_process(tiny_dir, *flags) as core, rest_process(core.address) as rest:
+    with core_process(endless_dir, *flags) as core, rest_process(core.address) as rest:
         yield rest.url
 
 
@@ -129,12 +129,12 @@ FAILURES = {
 }
 
 
-def test_a_core_that_is_killed_in_mid_stream(tiny_dir: Path) -> None:
+def test_a_core_that_is_killed_in_mid_stream(endless_dir: Path) -> None:
     """No stream ends as if it were whole, in any dialect, and the shim goes on."""
     flags = ("--max-concurrent-requests", "0", "--requests-per-minute", "0")
     body = {**LONG, "stream": True, "options": {"num_predict": -1}}
     inputs = {"/v1/responses": {"input": "Hello"}}
-    with core_process(tiny_dir, *flags) as core, rest_process(core.address) as rest, ExitStack() as stack:
+    with core_process(endless_dir, *flags) as core, rest_process(core.address) as rest, ExitStack() as stack:
         streams = {
             path: stack.enter_context(
                 begin(rest.url, path, {**body, **inputs.get(path, {"prompt": "Hello"})})

@@ -179,7 +179,7 @@ def request(
 
 
 async def collect(engine: Engine, asked: GenerationRequest) -> list[EngineEvent]:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         return [event async for event in engine.generate(asked)]
 
 
@@ -195,6 +195,6 @@ async def answer(engine: Engine, asked: GenerationRequest) -> list[int]:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for something that the engine does by itself."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         while not condition():  # noqa: ASYNC110  (the engine has no event for a test to wait on)
             await asyncio.sleep(0)

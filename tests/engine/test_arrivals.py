@@ -83,7 +83,7 @@ async def test_running_streams_wait_for_nobody(passes: list[tuple[int, int]]) ->
     async with running_engine(wrap=recording(passes)) as engine:
         await warm_up(engine)
         with engine.expecting(1) as announced:
-            running = asyncio.create_task(_answer(engine, PROMPTS[0], announced, max_tokens=1_000))
+            running = asyncio.create_task(_answer(engine, PROMPTS[0], announced, max_tokens=100_000))
             await until(lambda: engine.stats().running == 1)
             with engine.expecting(1):  # and never submitted
                 assert len(await answer(engine, request(prompt=PROMPTS[1], max_tokens=4))) == 4

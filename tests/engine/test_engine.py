@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from typing import Any
 
 import pytest
@@ -130,37 +131,45 @@ async def test_end_of_sequence_token_ends_and_is_not_part_of_the_answer():
         assert await answer(engine, request(max_tokens=10, ignore_eos=True)) == full
 
 
-async def test_a_long_prompt_does_not_stall_running_streams(engine):
-    """Tokens of the stream keep coming between the chunks of the prompt."""
-    log: list[str] = []
+async def test_a_long_prompt_does_not_stall_running_streams():
+    """Passes of the stream keep coming between the chunks of the prompt."""
+    passes: list[int] = []
 
-    async def stream() -> None:
-        async for event in engine.generate(request(max_tokens=200)):
+    def note(_: int, inputs: Any) -> bool:
+        passes.append(inputs.shape[1])
+        return False
+
+    async with running_engine(wrap=lambda m: Faulty(m, note)) as engine, asyncio.timeout(60):
+        stream = engine.generate(request(max_tokens=100_000))
+        async for event in stream:
             if isinstance(event, TokensGenerated):
-                log.append("token")
-
-    async def long_prompt() -> None:
-        await until(lambda: len(log) >= 5)
-        async for event in engine.generate(request(prompt=(5,) * 1500, max_tokens=1)):
-            if isinstance(event, PrefillProgress):
-                log.append("chunk")
-
-    async with asyncio.timeout(60):
-        await asyncio.gather(stream(), long_prompt())
-    chunks = [i for i, what in enumerate(log) if what == "chunk"]
+                break
+        passes.clear()
+        await answer(engine, request(prompt=(5,) * 1500, max_tokens=1))
+        await stream.aclose()
+    chunks = [i for i, width in enumerate(passes) if width > 1]
     assert len(chunks) >= 1500 // 64
-    between = log[chunks[0] : chunks[len(chunks) // 2]]
-    assert between.count("token") >= between.count("chunk") // 4
+    between = passes[chunks[0] : chunks[len(chunks) // 2]]
+    assert between.count(1) >= sum(width > 1 for width in between) // 4
 
 
-async def test_a_short_prompt_passes_a_long_one(engine):
+async def test_a_short_prompt_passes_a_long_one():
     order: list[str] = []
+
+    def wait_for_loop(call: int, _: Any) -> bool:
+        """Have the event loop keep up: the short one asks by the third chunk, and is told by the fortieth."""
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and (
+            (call == 3 and not engine.stats().waiting) or (call == 40 and not order)
+        ):
+            time.sleep(0.001)
+        return False
 
     async def ask(name: str, length: int) -> None:
         await answer(engine, request(prompt=(5,) * length, max_tokens=1))
         order.append(name)
 
-    async with asyncio.timeout(60):
+    async with running_engine(wrap=lambda m: Faulty(m, wait_for_loop)) as engine, asyncio.timeout(60):
         long_one = asyncio.create_task(ask("long", 4000))
         await until(lambda: engine.stats().running == 1)
         await ask("short", 10)
@@ -173,8 +182,10 @@ async def test_cancelling_frees_the_place(stage):
     async with running_engine(max_batch_size=1) as engine:
         blocker = None
         if stage == "queue":
-            blocker = asyncio.create_task(answer(engine, request(max_tokens=150)))
-            await until(lambda: engine.stats().running == 1)
+            blocker = engine.generate(request(max_tokens=100_000))
+            async for event in blocker:
+                if isinstance(event, TokensGenerated):
+                    break
         length = 3000 if stage == "prefill" else 3
         generation = engine.generate(request(prompt=(1,) * length, max_tokens=100_000))
         if stage != "queue":
@@ -185,14 +196,16 @@ async def test_cancelling_frees_the_place(stage):
             await generation.aclose()
         else:
             waiting = asyncio.create_task(anext(generation))
-            await asyncio.sleep(0.01)
+            await until(lambda: engine.stats().waiting == 1)
+            await engine.call(lambda: None)
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
+            assert (engine.stats().running, engine.stats().waiting) == (1, 0)
+            await anext(blocker)  # it goes on
+            await blocker.aclose()
         async with asyncio.timeout(60):
             assert len(await answer(engine, request(max_tokens=4))) == 4
-            if blocker is not None:
-                assert len(await blocker) == 150
         stats = engine.stats()
         assert (stats.running, stats.waiting) == (0, 0)
 
@@ -221,12 +234,17 @@ async def test_cancelling_does_not_change_the_others(engine):
 
 async def test_the_queue_is_bounded():
     async with running_engine(max_batch_size=1, max_waiting_requests=2) as engine:
-        tasks = [asyncio.create_task(answer(engine, request(max_tokens=60))) for _ in range(3)]
-        await until(lambda: engine.stats().running == 1)
+        running = engine.generate(request(max_tokens=100_000))
+        async for event in running:
+            if isinstance(event, TokensGenerated):
+                break
+        tasks = [asyncio.create_task(answer(engine, request(max_tokens=60))) for _ in range(2)]
+        await until(lambda: engine.stats().waiting == 2)
         with pytest.raises(OverloadedError) as refused:
             await answer(engine, request())
         assert refused.value.retry_after_seconds
-        assert [len(await task) for task in tasks] == [60] * 3
+        await running.aclose()
+        assert [len(await task) for task in tasks] == [60] * 2
         assert len(await answer(engine, request())) == 12
 
 

@@ -368,7 +368,7 @@ async def test_answers_that_grow_into_the_budget_are_resumed_with_the_same_text(
 
 async def test_cancelling_who_waits_for_memory_frees_the_queue():
     async with running_engine(kv_cache_bytes=LLAMA.batch_bytes(1, 1000)) as engine:
-        running = asyncio.create_task(answer(engine, request(max_tokens=500)))
+        running = asyncio.create_task(answer(engine, request(max_tokens=950)))
         await until(lambda: engine.stats().running == 1)
         waiting = asyncio.create_task(answer(engine, request(prompt=(1,) * 600, max_tokens=10)))
         await until(lambda: engine.stats().waiting == 1)
@@ -378,7 +378,7 @@ async def test_cancelling_who_waits_for_memory_frees_the_queue():
             await waiting
         async with asyncio.timeout(60):
             assert len(await answer(engine, request(max_tokens=5))) == 5
-            assert len(await running) == 500
+            assert len(await running) == 950
         assert (engine.stats().running, engine.stats().waiting) == (0, 0)
 
 

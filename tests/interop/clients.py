@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ CASES = ("list_models", "chat", "stream", "cancel", "deadline", "tool_call", "ri
 
 _BUILD_SECONDS = 1200
 _RUN_SECONDS = 240
+_TRIES = 3
+_PAUSE_SECONDS = 5
 
 
 class ClientFailedError(Exception):
@@ -56,7 +59,7 @@ class ForeignClient:
             if not (target / ".built").exists():
                 target.mkdir(parents=True, exist_ok=True)
                 script = HERE / self.language / self.build
-                _output(["bash", str(script), str(HERE / self.language), str(target)], _BUILD_SECONDS)
+                _patiently(["bash", str(script), str(HERE / self.language), str(target)])
                 (target / ".built").touch()
         return target
 
@@ -85,6 +88,18 @@ class ForeignClient:
                 if path.is_file():
                     digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
         return digest.hexdigest()[:12]
+
+
+def _patiently(command: Sequence[str]) -> None:
+    """Build; what is fetched for it may not come at the first try."""
+    for _ in range(_TRIES - 1):
+        try:
+            _output(command, _BUILD_SECONDS)
+        except ClientFailedError:
+            time.sleep(_PAUSE_SECONDS)
+        else:
+            return
+    _output(command, _BUILD_SECONDS)
 
 
 def _output(

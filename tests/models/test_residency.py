@@ -88,8 +88,7 @@ async def test_a_load_goes_on_when_its_first_waiter_leaves(entry):
     async with residency() as (_, models):
         first = asyncio.create_task(models.load(entry))
         second = asyncio.create_task(models.load(entry))
-        await asyncio.sleep(0.01)
-        assert models.residence(entry.id).state is ResidenceState.LOADING
+        await eventually(lambda: models.residence(entry.id).state is ResidenceState.LOADING)
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
@@ -189,15 +188,18 @@ async def test_a_load_that_takes_for_ever_is_an_error_of_the_model(entry, monkey
 async def test_a_use_before_the_end_of_another_load_renews_the_keep_alive(tiny_dir, tmp_path):
     """Unloading waits for the load; what was used meanwhile stays."""
     first, second = copies(tiny_dir, tmp_path, "a", "b")
-    async with residency() as (_, models):
+    async with residency() as (engine, models):
         kept = await models.load(first)
+        hold = threading.Event()
+        blocked = asyncio.create_task(engine.call(lambda: hold.wait(60)))
         loading = asyncio.create_task(models.load(second))
         await eventually(lambda: models.residence("b").state is ResidenceState.LOADING)
         await models.load(first, keep_alive_seconds=0)
         await eventually(lambda: bool(models._background))
         await models.load(first, keep_alive_seconds=-1)
         assert not loading.done()
-        await loading
+        hold.set()
+        await asyncio.gather(blocked, loading)
         await eventually(lambda: not models._background)
         assert models.residence("a").state is ResidenceState.LOADED
         assert (await models.load(first)).model is kept.model
@@ -205,14 +207,17 @@ async def test_a_use_before_the_end_of_another_load_renews_the_keep_alive(tiny_d
 
 async def test_unloading_waits_for_a_lease_that_came_meanwhile(tiny_dir, tmp_path):
     first, second = copies(tiny_dir, tmp_path, "a", "b")
-    async with residency() as (_, models):
+    async with residency() as (engine, models):
         await models.load(first)
+        hold = threading.Event()
+        blocked = asyncio.create_task(engine.call(lambda: hold.wait(60)))
         loading = asyncio.create_task(models.load(second))
         await eventually(lambda: models.residence("b").state is ResidenceState.LOADING)
         unloading = asyncio.create_task(models.unload("a"))
         await asyncio.sleep(0)  # it found no lease, and waits for the load
         async with models.lease(first):
-            await loading
+            hold.set()
+            await asyncio.gather(blocked, loading)
             await asyncio.sleep(0.1)
             assert not unloading.done()
         assert await unloading is True

@@ -86,6 +86,8 @@ async def test_each_event_arrives_in_one_chunk(shim: str, core: ScriptedCore) ->
     events = 0
     while size := int(await reader.readline(), 16):
         chunk = await reader.readexactly(size + 2)
+        if chunk.startswith(b":"):
+            continue  # a comment, where the loop was busy with something else
         assert chunk.startswith(b"data: ")
         assert chunk.endswith(b"\n\n\r\n")
         events += chunk.count(b"data: ")
@@ -267,7 +269,7 @@ class TestFailures:
     async def test_a_deadline(self, core: ScriptedCore) -> None:
         gone = asyncio.Event()
         core.stream_script = silent(gone=gone)
-        settings = Settings(core=core.address, port=0, request_timeout_seconds=0.2)
+        settings = Settings(core=core.address, port=0, request_timeout_seconds=1.0)
         async with serving(settings) as urls, aiohttp.ClientSession(urls[0]) as session:
             async with session.post(OPENAI, json=STREAM) as response:
                 assert response.status == 504

@@ -17,7 +17,7 @@ from osaurus_grpc.v1 import (
 from tests.conftest import TINY
 
 SERVICE = "/osaurus.v1.InferenceService"
-SECONDS = 60.0
+SECONDS = 240.0
 STREAMS = 1_000
 
 

@@ -27,7 +27,7 @@ def ask(core: Process, text: str, **sampling: object) -> chat_pb2.ChatResponse:
     with grpc.insecure_channel(core.address) as channel:
         stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
         response: chat_pb2.ChatResponse = stub.Chat(
-            chat_request(SYSTEM + text, ignore_eos=True, **sampling), timeout=240
+            chat_request(SYSTEM + text, ignore_eos=True, **sampling), timeout=600
         )
         return response
 

@@ -37,17 +37,17 @@ def talkative() -> completion_pb2.CompleteStreamRequest:
 
 
 @asynccontextmanager
-async def impatient_core(models_dir: Path) -> AsyncIterator[tuple[Core, Any]]:
-    """A core that waits a moment only, and its stub."""
+async def impatient_core(models_dir: Path, seconds: float) -> AsyncIterator[tuple[Core, Any]]:
+    """A core that waits so long for a reader, and its stub."""
     async with (
-        running_core(models_dir, send_timeout_seconds=0.3) as core,
+        running_core(models_dir, send_timeout_seconds=seconds) as core,
         grpc.aio.insecure_channel(core.address, options=SMALL_WINDOW) as channel,
     ):
         yield core, InferenceServiceStub(channel)
 
 
 async def test_streams_that_nobody_reads_are_ended(tiny_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async with impatient_core(tiny_dir) as (core, stub):
+    async with impatient_core(tiny_dir, seconds=0.3) as (core, stub):
         calls = [stub.CompleteStream(talkative()) for _ in range(STALLED)]
         await eventually(lambda: len(core.calls) == STALLED)
         await eventually(lambda: len(core.calls) == 0)
@@ -66,10 +66,10 @@ async def test_streams_that_nobody_reads_are_ended(tiny_dir: Path, caplog: pytes
 
 async def test_a_reader_that_is_slow_but_reads_gets_everything(tiny_dir: Path) -> None:
     text = ""
-    async with impatient_core(tiny_dir) as (_core, stub):
+    async with impatient_core(tiny_dir, seconds=3.0) as (_core, stub):
         call = stub.CompleteStream(talkative())
         while (event := await call.read()) is not grpc.aio.EOF:
             text += event.content.text
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.1)
         assert await call.code() is grpc.StatusCode.OK
     assert text.count("word " * WORDS) == ANSWERS

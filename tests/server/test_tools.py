@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import jsonschema
 import pytest
 
+from osaurus_grpc.engine.types import EngineEvent, TokensGenerated
+from osaurus_grpc.server.app import Core
 from osaurus_grpc.v1 import chat_pb2, sampling_pb2
 from tests.server.cores import chat_request, failure, stream_request
 
@@ -66,7 +70,22 @@ async def test_exactly_one_call_where_parallel_ones_are_off(inference: Any) -> N
         assert len(answer.choices[0].message.tool_calls) == 1
 
 
-async def test_a_stream_says_what_the_whole_answer_says(inference: Any) -> None:
+async def test_a_stream_says_what_the_whole_answer_says(
+    core: Core, inference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = core.engine.generate
+
+    async def one_by_one(*asked: Any) -> AsyncIterator[EngineEvent]:
+        """Tokens that arrived together come as one event, which a busy loop makes of them all."""
+        async with aclosing(generate(*asked)) as events:
+            async for event in events:
+                if isinstance(event, TokensGenerated):
+                    for token in event.tokens:
+                        yield TokensGenerated((token,))
+                else:
+                    yield event
+
+    monkeypatch.setattr(core.engine, "generate", one_by_one)
     chat = request(FUNCTION)
     (whole,) = (await inference.Chat(chat)).choices[0].message.tool_calls
 

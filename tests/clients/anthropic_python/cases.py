@@ -85,7 +85,12 @@ def test_tools_and_their_results(client, stream):
         *CAPITAL, {"role": "assistant", "content": message.content}, {"role": "user", "content": [result]},
     ]  # fmt: skip
     after = client.messages.create(
-        model=CHAT, max_tokens=8, messages=history, tools=[WEATHER], tool_choice={"type": "none"}
+        model=CHAT,
+        max_tokens=8,
+        messages=history,
+        tools=[WEATHER],
+        tool_choice={"type": "none"},
+        extra_body=GREEDY,
     )
     assert after.content[0].text
 

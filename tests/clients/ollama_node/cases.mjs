@@ -4,7 +4,7 @@ import test from "node:test";
 
 import { Ollama } from "ollama";
 
-const { SERVER_URL, CHAT_MODEL: CHAT, TINY_MODEL: TINY, EMBEDDING_MODEL: EMBEDDING } = process.env;
+const { SERVER_URL, ENDLESS_URL, CHAT_MODEL: CHAT, TINY_MODEL: TINY, EMBEDDING_MODEL: EMBEDDING } = process.env;
 const client = new Ollama({ host: SERVER_URL });
 const messages = [{ role: "user", content: "What is the capital of France?" }];
 const greedy = { temperature: 0, num_predict: 24 };
@@ -34,8 +34,8 @@ test("chat stream", async () => {
 });
 
 test("an abort ends a stream", async () => {
-  const own = new Ollama({ host: SERVER_URL });
-  const stream = await own.chat({ model: TINY, messages, options: { num_predict: 200 }, stream: true });
+  const own = new Ollama({ host: ENDLESS_URL });
+  const stream = await own.chat({ model: TINY, messages, options: { num_predict: 20_000 }, stream: true });
   let parts = 0;
   await assert.rejects(
     async () => {
@@ -46,8 +46,9 @@ test("an abort ends a stream", async () => {
     },
     { name: "AbortError" },
   );
-  assert.ok(parts < 100);
-  assert.ok((await client.chat({ model: TINY, messages, options: { num_predict: 1 } })).done);
+  // What one read of the socket brought is handed on all the same.
+  assert.ok(parts < 10_000);
+  assert.ok((await own.chat({ model: TINY, messages, options: { num_predict: 1 } })).done);
 });
 
 test("generate", async () => {

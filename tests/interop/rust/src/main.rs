@@ -140,7 +140,9 @@ impl Client {
     }
 
     async fn deadline(&mut self) -> Outcome {
-        let asked = within(streamed(100_000), Duration::from_secs(1));
+        // The case before has unloaded the model; a load may take longer than the deadline.
+        self.chat().await?;
+        let asked = within(streamed(100_000), Duration::from_secs(3));
         let failure = match self.inference.chat_stream(asked).await {
             Err(failure) => failure,
             Ok(events) => {
