@@ -20,7 +20,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Final, NamedTuple, Never
@@ -40,6 +39,7 @@ from osaurus_grpc.chat.schema_keywords import (
     only_kind,
 )
 from osaurus_grpc.chat.schema_overlap import Overlap, TooMuchToCompareError, telling_property
+from osaurus_grpc.chat.schema_patterns import enforceable
 from osaurus_grpc.chat.schema_references import References, Use, definition
 from osaurus_grpc.errors import InvalidRequestError
 
@@ -54,10 +54,6 @@ _LARGEST_INTEGER: Final = 2**63 - 1024
 _LARGEST_EXACT: Final = 2**53
 # From an excluded whole number to the first one that is admitted.
 _LEAST_STEP: Final = 1e-12
-
-# The beginning of a negated class in a regular expression, with what is literal there; or something escaped.
-_NEGATED_CLASS: Final = re.compile(r"(\[\^(?:-+|\])?)(\[\\x00\])?|\\.", re.DOTALL)
-_NUL: Final = r"[\x00]"
 
 # At most one blank after a comma or a colon: models are used to one, and small ones loop on more.
 _FORM: Final = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
@@ -230,8 +226,11 @@ class _Rewriting:
         match key:
             case "type":
                 pass
-            case "properties" | "patternProperties":
+            case "properties":
                 out[key] = self._named(key, value, path)
+            case "patternProperties":
+                named = self._named(key, value, path)
+                out[key] = {enforceable(name, narrow=False): schema for name, schema in named.items()}
             case "additionalProperties" | "items":
                 out[key] = self._schema(value, path, alone=True)
             case "prefixItems":
@@ -265,7 +264,7 @@ class _Rewriting:
             case "pattern":
                 if not isinstance(value, str):
                     self._refuse(key, path, "must be a string.")
-                out[key] = _without_nul(value)
+                out[key] = enforceable(value, narrow=True)
             case "format":
                 self._format(out, value, path, types)
             case _:
@@ -462,15 +461,6 @@ def _beyond_whole(key: str, bound: float) -> float:
     # The library reads the last digits of a float inexactly.
     step = max(_LEAST_STEP, 8 * math.ulp(bound))
     return bound + step if key == "exclusiveMinimum" else bound - step
-
-
-def _without_nul(pattern: str) -> str:
-    """The same regular expression with U+0000 excluded by its negated classes.
-
-    The library takes a class that has all control characters for one that has the quotation mark and the
-    backslash as well, where a JSON string escapes them: [^"] would admit what it excludes.
-    """
-    return _NEGATED_CLASS.sub(lambda found: f"{found[1]}{_NUL}" if found[1] else found[0], pattern)
 
 
 def _escaped(name: str) -> str:

@@ -160,35 +160,6 @@ async def test_an_excluded_bound_is_not_admitted(
         assert may_end is is_admitted
 
 
-@pytest.mark.parametrize(
-    ("pattern", "text", "is_admitted"),
-    [
-        ('^[^"]+$', 'a"', False),
-        ('^[^"]+$', "a\\", True),
-        ('^[^"]+$', "a\n", True),
-        ("^[^\\\\]+$", "a\\", False),
-        ('^[^]"]+$', 'a"', False),
-        ('^[^-"]+$', 'a"', False),
-        ('^[^-"]+$', "a,", True),
-        ('^[\\[^"]+$', "[^", True),
-    ],
-)
-async def test_a_negated_class_excludes_what_it_names(
-    grammars: Grammars, model: TokenizedModel, pattern: str, text: str, is_admitted: bool
-) -> None:
-    assert bool(re.search(pattern, text)) is is_admitted
-    grammar = await grammars.json_schema(model, json.dumps({"type": "string", "pattern": pattern}))
-    constraint = grammar.constraint()
-    *before, end = json.dumps(text)[1:]
-    for part in ('"', *before):
-        token_id = model.tokenizer.convert_tokens_to_ids(part)
-        if token_id not in allowed(constraint, model):
-            assert not is_admitted
-            return
-        constraint.accept(token_id)
-    assert (model.tokenizer.convert_tokens_to_ids(end) in allowed(constraint, model)) is is_admitted
-
-
 async def test_properties_come_in_the_schemas_order(grammars: Grammars, model: TokenizedModel) -> None:
     names = ["z", "m", "a", "k"]
     schema = {"type": "object", "properties": {n: {"type": "null"} for n in names}, "required": names}

@@ -29,7 +29,7 @@ from tests.server.cores import TINY, RichError, chat_request, stream_request, te
 EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 - what the tests are about
 ENDLESS = stream_request(chat_request(max_tokens=ENDLESS_TOKENS, ignore_eos=True))
 # A second of work at least.
-LONG = stream_request(chat_request(max_tokens=6_000, ignore_eos=True))
+LONG = stream_request(chat_request(max_tokens=4_000, ignore_eos=True))
 
 
 @pytest.fixture
