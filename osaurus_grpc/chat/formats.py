@@ -27,7 +27,8 @@ _DURATION: Final = (
     r"P(?:(?:[0-9]{1,4}Y(?:[0-9]{1,4}M(?:[0-9]{1,4}D)?)?|[0-9]{1,4}M(?:[0-9]{1,4}D)?|[0-9]{1,4}D)"
     rf"(?:{_DAY_PART})?|{_DAY_PART}|[0-9]{{1,4}}W)"
 )
-_LABEL: Final = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,30}[a-zA-Z0-9])?"
+# No two hyphens together: "xn--" announces punycode.
+_LABEL: Final = r"[a-zA-Z0-9]{1,20}(?:-[a-zA-Z0-9]{1,20}){0,2}"
 _HOSTNAME: Final = rf"{_LABEL}(?:\.{_LABEL}){{0,5}}"
 _EMAIL_WORD: Final = r"[a-zA-Z0-9_+-]{1,30}"
 _BYTE: Final = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
@@ -53,6 +54,11 @@ _URI: Final = (
     r"(?:/(?:[a-zA-Z0-9._~-]|%[0-9A-F]{2}){0,64}){0,16}"
     r"(?:\?[a-zA-Z0-9._~=&+-]{0,128})?(?:#[a-zA-Z0-9._~-]{0,64})?"
 )
+_URI_TEMPLATE: Final = (
+    rf"(?:https?)://{_HOSTNAME}(?:/(?:[a-zA-Z0-9._~-]|\{{[a-zA-Z_][a-zA-Z0-9_]{{0,30}}\}}){{0,64}}){{0,16}}"
+)
+# RFC 6901.
+_JSON_POINTER: Final = r"(?:/(?:[a-zA-Z0-9._-]|~[01]){0,64}){0,16}"
 _UUID: Final = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
 
 
@@ -79,6 +85,9 @@ FORMATS: Final[Mapping[str, str]] = MappingProxyType(
         "iri": _URI,
         "uri-reference": _URI,
         "iri-reference": _URI,
+        "uri-template": _URI_TEMPLATE,
+        "json-pointer": _JSON_POINTER,
+        "relative-json-pointer": rf"(?:0|[1-9][0-9]{{0,3}})(?:#|{_JSON_POINTER})",
         "uuid": _UUID,
         # pydantic's names.
         **{f"uuid{version}": _uuid(version) for version in (1, 3, 4, 5, 6, 7, 8)},

