@@ -34,24 +34,18 @@ def page_json(models: Sequence[model_pb2.Model], query: Mapping[str, str]) -> di
 
     Args:
         models: All models, in the order of their ids.
-        query: The URL's query: limit, and after_id or before_id, which exclude the model they name.
+        query: The URL's query: limit, and after_id and before_id, between which the page lies. They need not
+            name models: one may be gone since the page before.
 
     Raises:
-        Refusal: The limit is none, or a cursor names no model.
+        Refusal: The limit is none.
     """
     limit = _limit(query.get("limit", ""))
     before, after = query.get("before_id", ""), query.get("after_id", "")
-    if before and after:
-        raise Refusal(400, "'before_id' and 'after_id' exclude each other.", param="before_id")
-    if before:
-        end = _position(models, before, "before_id")
-        start = max(0, end - limit)
-        has_more = start > 0
-    else:
-        start = _position(models, after, "after_id") + 1 if after else 0
-        end = min(len(models), start + limit)
-        has_more = end < len(models)
-    page = models[start:end]
+    between = [model for model in models if after < model.id and (not before or model.id < before)]
+    # Towards the start of the list where only its end is given.
+    page = between[-limit:] if before and not after else between[:limit]
+    has_more = len(between) > len(page)
     return {
         "data": [model_json(model) for model in page],
         "has_more": has_more,
@@ -69,10 +63,3 @@ def _limit(text: str) -> int:
     if not 1 <= limit <= MAX_LIMIT:
         raise Refusal(400, f"'limit' must be a whole number of 1 to {MAX_LIMIT}.", param="limit")
     return limit
-
-
-def _position(models: Sequence[model_pb2.Model], name: str, param: str) -> int:
-    for index, model in enumerate(models):
-        if model.id == name:
-            return index
-    raise Refusal(400, f"'{param}' names no model of this server.", param=param)

@@ -408,12 +408,19 @@ class TestListing:
         assert self.page(after_id="m4") == ([], False)
         assert self.page(limit="2", before_id="m3") == (["m1", "m2"], True)
         assert self.page(limit="9", before_id="m3") == (["m0", "m1", "m2"], False)
+        assert self.page(limit="2", after_id="m0", before_id="m4") == (["m1", "m2"], True)
+        assert self.page(after_id="m2", before_id="m2") == ([], False)
+
+    def test_a_cursor_need_not_be_a_model(self):
+        """One may be gone since the page before."""
+        assert self.page(limit="2", after_id="m1x") == (["m2", "m3"], True)
+        assert self.page(limit="2", before_id="m1x") == (["m0", "m1"], False)
+        assert self.page(after_id="x") == ([], False)
 
     @pytest.mark.parametrize(
         "query",
-        [{"limit": "0"}, {"limit": "1001"}, {"limit": "x"}, {"limit": "²"}, {"limit": "-1"},
-         {"after_id": "x"}, {"before_id": "x"}, {"before_id": "m1", "after_id": "m2"}],
-    )  # fmt: skip
+        [{"limit": "0"}, {"limit": "1001"}, {"limit": "x"}, {"limit": "²"}, {"limit": "-1"}],
+    )
     def test_refusals(self, query: dict[str, str]) -> None:
         with pytest.raises(Refusal) as caught:
             listing.page_json(self.MODELS, query)
