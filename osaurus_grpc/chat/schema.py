@@ -165,7 +165,8 @@ class _Rewriting:
         Raises InvalidRequestError.
         """
         schema = self._schema(self._root, "#", alone=True)
-        assert isinstance(schema, dict)
+        if isinstance(schema, bool):
+            self._refuse("not", "#/not", "leaves nothing that an answer could be.")
         definitions: Schema = {}
         for name, use in self._references.pending():
             target = _with_property(self._references.resolve(use.pointer), use.property)
@@ -212,7 +213,10 @@ class _Rewriting:
         base = node.get("$id")
         if path != "#" and isinstance(base, str) and not base.startswith("#") and _refers(node):
             self._refuse("$id", f"{path}/$id", "cannot stand above a reference but at the schema's top.")
-        node = simplified(node)
+        simple = simplified(node)
+        if isinstance(simple, bool):
+            return simple
+        node = simple
         if node.get("uniqueItems") is True and (lists := self._unique(node, path)) is not None:
             return lists
         asserting = asserting_keywords(node)

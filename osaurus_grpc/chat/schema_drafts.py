@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from osaurus_grpc.chat.schema_keywords import ANNOTATIONS, APPLICATORS, Schema, are_names
+from osaurus_grpc.chat.schema_keywords import ANNOTATIONS, APPLICATORS, TYPES, Schema, are_names
+from osaurus_grpc.chat.schema_overlap import canonical, listed_values
 
 
-def simplified(node: Schema) -> Schema:
-    """The same schema with what older drafts and other keywords say in draft 2020-12's usual ones."""
+def simplified(node: Schema) -> Schema | bool:
+    """The same schema with what older drafts and other keywords say in draft 2020-12's usual ones.
+
+    False is one that admits nothing.
+    """
     node = dict(node)
     if isinstance(node.get("items"), list):
         node = _renamed(node, "items", "prefixItems")
@@ -30,7 +34,9 @@ def simplified(node: Schema) -> Schema:
         node = _renamed(node, "unevaluatedProperties", "additionalProperties")
     if "propertyNames" in node:
         node = _with_names(node)
-    return node
+    if node.get("type") == "object":
+        node = _with_dependencies(node)
+    return _without(node) if "not" in node else node
 
 
 def _with_names(node: Schema) -> Schema:
@@ -66,6 +72,61 @@ def _pattern_of(said: Schema) -> str | None:
     if said.keys() <= {"minLength", "maxLength"} and isinstance(least, int) and isinstance(most, int | str):
         return rf"^[\s\S]{{{least},{most}}}$"
     return None
+
+
+def _without(node: Schema) -> Schema | bool:
+    """Say without "not" what is excluded, where the rest can be listed."""
+    excluded = node["not"]
+    rest = {key: value for key, value in node.items() if key != "not"}
+    if excluded is False:
+        return rest
+    said = excluded if isinstance(excluded, dict) else {}
+    said = {key: value for key, value in said.items() if key not in ANNOTATIONS}
+    if excluded is True or (isinstance(excluded, dict) and not said):
+        return False
+    match list(said.items()):
+        case [("type", str() | list() as types)]:
+            left = _types_without(rest.get("type", sorted(TYPES - {"integer"})), types)
+            return node if left is None else bool(left) and {**rest, "type": left}
+        case [("enum" | "const", _)] if isinstance(rest.get("enum"), list):
+            gone = {canonical(value) for value in listed_values(said) or ()}
+            left = [value for value in rest["enum"] if canonical(value) not in gone]
+            return bool(left) and {**rest, "enum": left}
+        case [("required", names)] if rest.get("type") == "object" and are_names(names) and names:
+            return _and(rest, {"anyOf": [{"properties": {name: False}} for name in names]})
+        case _:
+            return node
+
+
+def _types_without(types: object, gone: str | list[object]) -> list[object] | None:
+    """Types without others; None where a part of one would have to go."""
+    types = types if isinstance(types, list) else [types]
+    gone = gone if isinstance(gone, list) else [gone]
+    if "integer" in gone and "number" in types and "number" not in gone:
+        return None
+    return [kind for kind in types if kind not in gone and (kind != "integer" or "number" not in gone)]
+
+
+def _with_dependencies(node: Schema) -> Schema:
+    """Say by alternatives what the properties of an object depend on."""
+    for keyword in ("dependentRequired", "dependentSchemas", "dependencies"):
+        said = node.get(keyword)
+        if not isinstance(said, dict) or not all(
+            isinstance(needed, list | dict | bool) for needed in said.values()
+        ):
+            continue
+        node = {key: value for key, value in node.items() if key != keyword}
+        for name, needed in said.items():
+            schema = {"required": needed} if isinstance(needed, list) else needed
+            there = {"required": [name], "allOf": [schema]}
+            node = _and(node, {"anyOf": [{"properties": {name: False}}, there]})
+    return node
+
+
+def _and(node: Schema, more: Schema) -> Schema:
+    """A schema that says more besides."""
+    parts = node.get("allOf", [])
+    return {**node, "allOf": [*parts, more]} if isinstance(parts, list) else node
 
 
 def _renamed(node: Schema, old: str, new: str) -> Schema:

@@ -28,7 +28,7 @@ def refusal(schema: Any, **more: Any) -> InvalidRequestError:
 
 
 UNENFORCED = [
-    ({"not": {"type": "null"}}, "not", "#/not"),
+    ({"not": {"minimum": 3}}, "not", "#/not"),
     ({"properties": {"a": {"if": {}, "then": {}}}}, "if", "#/properties/a/if"),
     ({"items": {"type": "array", "uniqueItems": True}}, "uniqueItems", "#/items/uniqueItems"),
     ({"anyOf": [{}, {"contains": {"const": 1}}]}, "contains", "#/anyOf/1/contains"),

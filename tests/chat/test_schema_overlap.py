@@ -264,7 +264,7 @@ def test_alternatives_that_are_not_told_apart_are_refused(name: str) -> None:
             "#/oneOf/0/$ref",
         ),
         ({"oneOf": []}, "#/oneOf"),
-        ({"oneOf": [{"$ref": "#/$defs/a", "not": {}}], "$defs": {"a": {}}}, "#/oneOf/0/not"),
+        ({"oneOf": [{"$ref": "#/$defs/a", "not": {"minimum": 1}}], "$defs": {"a": {}}}, "#/oneOf/0/not"),
         (union_of(an_object("k", k={"const": 1}) | {"required": "k"}, kind("a")), "#/oneOf/0/required"),
     ],
 )
