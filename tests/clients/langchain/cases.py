@@ -50,7 +50,8 @@ _BY_CLASS = {
 def _expected(request):
     for reason, names in _BY_CLASS.get(request.cls.__name__, {}).items():
         if {request.node.name, request.node.originalname} & set(names):
-            request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+            # Where a text ends may hang on the last bits of a processor's sums; that no call comes does not.
+            request.applymarker(pytest.mark.xfail(reason=reason, strict=reason != _ENDLESS))
 
 
 class _EitherModel(ChatModelIntegrationTests):
