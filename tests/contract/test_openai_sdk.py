@@ -204,7 +204,7 @@ class TestErrors:
                 {
                     "response_format": {
                         "type": "json_schema",
-                        "json_schema": {"name": "n", "schema": {"properties": {"a": {"not": {}}}}},
+                        "json_schema": {"name": "n", "schema": {"properties": {"a": {"contains": {}}}}},
                     }
                 },
                 "response_format.json_schema.schema",

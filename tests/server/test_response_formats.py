@@ -139,7 +139,11 @@ async def test_a_stop_text_still_stops(inference: Any) -> None:
 @pytest.mark.parametrize(
     ("form", "field", "words"),
     [
-        (schema_format({"properties": {"a": {"not": {}}}}), SCHEMA_FIELD, '"not" at #/properties/a/not'),
+        (
+            schema_format({"properties": {"a": {"contains": {}}}}),
+            SCHEMA_FIELD,
+            '"contains" at #/properties/a/contains',
+        ),
         (
             schema_format({"items": {"uniqueItems": True}}, strict=False),
             SCHEMA_FIELD,
