@@ -14,7 +14,7 @@ from enum import Enum, auto
 from aiohttp import web
 
 from rest_shim.arrival import continue_if_welcome
-from rest_shim.errors import not_implemented_refusal
+from rest_shim.errors import Refusal, not_implemented_refusal
 
 PREFIXES = ("/v1/api", "/api", "/v1")
 ANTHROPIC_PREFIX = "/anthropic/v1"
@@ -129,6 +129,18 @@ def strip_prefix(path: str) -> str:
 def is_anthropic(request: web.BaseRequest) -> bool:
     """Whether a client of Anthropic's API sent a request."""
     return ANTHROPIC_HEADER in request.headers or request.path.startswith(f"{ANTHROPIC_PREFIX}/")
+
+
+def model_in_path(request: web.Request) -> str:
+    """The model that a path ends in; it may be "org/name".
+
+    Raises:
+        Refusal: There is none. To the core, no name is the default model's.
+    """
+    name = request.match_info["id"].rstrip("/")
+    if not name.strip():
+        raise Refusal(404, "The path names no model.", code="model_not_found", param="model")
+    return name
 
 
 def later(method: str, path: str, dialect: Dialect, what: str) -> Route:

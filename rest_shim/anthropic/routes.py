@@ -15,7 +15,7 @@ from rest_shim.bodies import read_body
 from rest_shim.callers import caller_of, request_id_of
 from rest_shim.errors import CoreError, Refusal, refusal_from_core
 from rest_shim.remote_images import RemoteImages
-from rest_shim.routing import Dialect, Route, is_anthropic
+from rest_shim.routing import Dialect, Route, is_anthropic, model_in_path
 from rest_shim.settings import Settings
 from rest_shim.wire import SSE_HEADERS, HttpStream, json_response, relay
 
@@ -92,8 +92,8 @@ class AnthropicRoutes:
 
     async def get_model(self, request: web.Request) -> web.StreamResponse:
         """GET /models/{id}."""
-        name = request.match_info["id"].rstrip("/")
-        return json_response(listing.model_json(await self._backend.get_model(name, caller_of(request))))
+        model = await self._backend.get_model(model_in_path(request), caller_of(request))
+        return json_response(listing.model_json(model))
 
 
 def _refusal(error: CoreError, body: schema.CountBody) -> Refusal:

@@ -13,14 +13,14 @@ from osaurus_grpc.v1 import chat_pb2, completion_pb2
 from rest_shim.backend import Backend, Caller
 from rest_shim.bodies import read_body
 from rest_shim.callers import caller_of
-from rest_shim.errors import CoreError, Refusal, refusal_from_core
+from rest_shim.errors import CoreError, refusal_from_core
 from rest_shim.openai import completions, convert, embeddings, schema
 from rest_shim.openai.completion_stream import PARALLEL_PROMPTS, CompletionEncoder, alone, side_by_side
 from rest_shim.openai.completions import CompletionBody
 from rest_shim.openai.embeddings import EmbeddingsBody
 from rest_shim.openai.stream import ChunkEncoder
 from rest_shim.remote_images import RemoteImages
-from rest_shim.routing import Dialect, Route
+from rest_shim.routing import Dialect, Route, model_in_path
 from rest_shim.settings import Settings
 from rest_shim.wire import event_stream, json_response, relay
 
@@ -51,11 +51,8 @@ class OpenAIRoutes:
 
     async def get_model(self, request: web.Request) -> web.StreamResponse:
         """GET /models/{id}."""
-        name = request.match_info["id"].rstrip("/")
-        if not name.strip():
-            # To the core, no name is the default model's.
-            raise Refusal(404, "The path names no model.", code="model_not_found", param="model")
-        return json_response(convert.model_json(await self._backend.get_model(name, caller_of(request))))
+        model = await self._backend.get_model(model_in_path(request), caller_of(request))
+        return json_response(convert.model_json(model))
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         """POST /chat/completions."""

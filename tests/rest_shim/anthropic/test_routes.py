@@ -290,6 +290,17 @@ class TestModels:
             "type": "not_found_error", "message": "Model not found: claude",
         }  # fmt: skip
 
+    @pytest.mark.parametrize("path", ["/v1/models//", "/v1/models/%20", "/anthropic/v1/models//"])
+    async def test_a_path_without_a_models_name(
+        self, http: aiohttp.ClientSession, core: ScriptedCore, path: str
+    ) -> None:
+        async with http.get(path, headers={"anthropic-version": "2023-06-01"}) as response:
+            assert response.status == 404
+            assert (await response.json())["error"] == {
+                "type": "not_found_error", "message": "The path names no model.",
+            }  # fmt: skip
+        assert not core.requests
+
     async def test_openais_clients_see_their_own(self, http: aiohttp.ClientSession) -> None:
         async with http.get("/v1/models") as response:
             assert (await response.json())["object"] == "list"
