@@ -3,8 +3,8 @@
 An id is the model's basename in lower case with hyphens for spaces. Where two models share a
 basename, each is listed as org--name. A request may say the id, the full repository id, either in
 any case and with spaces for hyphens, with Ollama's ":latest", or the id without its quantization
-suffix where that names one model only; any of them behind Ollama's "library/". Everything here is a
-pure function.
+suffix where that names one model only; any of them behind Ollama's "library/", with or without its
+registry. Everything here is a pure function.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DEFAULT_NAMES = frozenset({"", "default"})
 MAX_PART_CHARS = 96
 
 _LATEST = ":latest"
-_LIBRARY = "library/"
+_LIBRARY = re.compile(r"(registry\.ollama\.ai/)?library/", re.IGNORECASE)
 _QUANTIZATION_TOKEN = re.compile(
     r"""\d+(\.\d+)?bit | bit | b?fp?16 | fp?32 | fp8 | u?int[48] | mx ?fp[48] | nvfp4 | q\d\w*
     | dwq | awq | gptq | gguf | mlx | g\d+ | gs\d+""",
@@ -38,9 +38,10 @@ def normalized(name: str) -> str:
 def without_library(name: str) -> str:
     """A name without "library/": where Ollama keeps what has no namespace of its own.
 
-    Its clients may write it before any name.
+    Its clients may write it before any name, and before it "registry.ollama.ai/", as its errors do.
     """
-    return name.strip()[len(_LIBRARY) :] if normalized(name).startswith(_LIBRARY) else name
+    found = _LIBRARY.match(name.strip())
+    return name.strip()[found.end() :] if found else name
 
 
 def basename_id(repo_id: str) -> str:

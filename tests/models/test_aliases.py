@@ -62,6 +62,7 @@ def test_an_alias_in_ollamas_library_is_one_without(catalog: Catalog) -> None:
     assert catalog.add_alias("library/alpha", "library/Fast:latest").id == "fast"
     assert catalog.find("fast").id == catalog.find("library/fast").id == "alpha-4bit"
     assert catalog.find_listed("library/fast").id == "fast"
+    assert catalog.find("registry.ollama.ai/library/fast:latest").id == "alpha-4bit"
     assert catalog.remove_alias("library/fast")
     assert not catalog.remove_alias("fast")
 

@@ -143,6 +143,15 @@ def test_a_name_may_stand_in_ollamas_library() -> None:
     assert resolve("library/c", models) is None
 
 
+def test_ollamas_library_may_be_named_in_full() -> None:
+    models = listed("org/a")
+    assert resolve("registry.ollama.ai/library/a:latest", models) == "a"
+    assert resolve(" Registry.Ollama.AI/library/fast", models, aliases={"fast": "a"}) == "a"
+    assert resolve("registry.ollama.ai/library/", models, default="a") is None
+    assert resolve("registry.ollama.ai/org/b", models) is None
+    assert resolve("other.example/library/a", models) is None
+
+
 def test_aliases_and_fallback() -> None:
     models = listed("org/a", "org/b")
     aliases = {"GPT-4o mini": "fast", "fast": "org/a", "x": "y", "y": "x", "b": "a"}
