@@ -119,9 +119,14 @@ def _require_fit(request: embedding_pb2.EmbedRequest, model: LoadedModel) -> Non
     for i, text in enumerate(request.inputs):
         fewest = fewest_tokens(model.tokenizer, text)
         if fewest > model.context_length:
-            raise ContextLengthError(
-                limit=model.context_length, prompt_tokens=fewest, field=f"inputs[{i}]", is_estimate=True
-            )
+            raise _too_long(f"inputs[{i}]", fewest, model.context_length, is_estimate=True)
+
+
+def _too_long(field: str, tokens: int, limit: int, *, is_estimate: bool = False) -> ContextLengthError:
+    """An input is no prompt, and nothing answers it."""
+    count = f"at least {tokens}" if is_estimate else str(tokens)
+    text = f"{field} has {count} tokens; the model's context holds {limit}."
+    return ContextLengthError(limit=limit, prompt_tokens=tokens, field=field, message=text)
 
 
 def _fitting(
@@ -136,7 +141,7 @@ def _fitting(
         if not token_ids:
             raise InvalidRequestError(f"{name}[{i}] holds no tokens.", field=f"{name}[{i}]")
         if len(token_ids) > limit and not request.truncate:
-            raise ContextLengthError(limit=limit, prompt_tokens=len(token_ids), field=f"{name}[{i}]")
+            raise _too_long(f"{name}[{i}]", len(token_ids), limit)
         yield frame.cut(token_ids, limit)
 
 

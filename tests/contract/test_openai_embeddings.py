@@ -70,6 +70,15 @@ def test_a_field_that_cannot_be_honoured_is_named(
     assert caught.value.param == param
 
 
+def test_an_input_that_is_too_long(client: openai.OpenAI) -> None:
+    """Nothing answers an input, so that its error speaks of no answer."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.embeddings.create(model=TINY, input=["a", "word " * 20_000])
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "input[1]")
+    assert "Invalid 'input[1]': has " in caught.value.message
+    assert "answer" not in caught.value.message
+
+
 def test_an_unknown_model(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model="text-embedding-3-small", input="a")

@@ -91,6 +91,7 @@ async def test_a_long_input_is_refused_or_cut(minilm):
     refused = await failure(minilm.Embed(embedding_pb2.EmbedRequest(inputs=["short", text], model=MINILM)))
     assert refused.info.reason == "CONTEXT_LENGTH_EXCEEDED"
     assert refused.info.metadata["limit"] == "512"
+    assert refused.message == "inputs[1] has 702 tokens; the model's context holds 512."
     response = await minilm.Embed(
         embedding_pb2.EmbedRequest(inputs=["short", text], model=MINILM, truncate=True)
     )
