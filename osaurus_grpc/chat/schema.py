@@ -31,15 +31,17 @@ from osaurus_grpc.chat.schema_drafts import simplified
 from osaurus_grpc.chat.schema_keywords import (
     ANNOTATIONS,
     APPLICATORS,
+    LATEST,
     TYPES,
     UNENFORCED,
     Schema,
     are_names,
     asserting_keywords,
+    draft_of,
     is_reference,
     only_kind,
 )
-from osaurus_grpc.chat.schema_overlap import Overlap, TooMuchToCompareError, telling_property
+from osaurus_grpc.chat.schema_overlap import Looks, Overlap, TooMuchToCompareError, telling_property
 from osaurus_grpc.chat.schema_patterns import enforceable
 from osaurus_grpc.chat.schema_references import References, Use, definition
 from osaurus_grpc.chat.schema_unique import unique_lists
@@ -49,7 +51,12 @@ MAX_SCHEMA_CHARACTERS: Final = 262_144
 MAX_SCHEMAS: Final = 10_000
 # The automaton of a multiple has as many states as the number has values.
 _MAX_MULTIPLE: Final = 10_000
+# All multiples of a schema together.
+_MAX_MULTIPLES: Final = 1_000_000
 _MAX_PATH_PARTS: Final = 96  # the library reads JSON of at most 128 levels
+_MAX_LEVELS: Final = 192
+# Of alternatives that each forbid one property of every other one.
+_MAX_EXCLUSIONS: Final = 10_000
 _MAX_COUNT: Final = 2**31 - 1
 # The largest float below 2^63.
 _LARGEST_INTEGER: Final = 2**63 - 1024
@@ -62,6 +69,8 @@ _FORM: Final = {"whitespace_flexible": False, "item_separator": ", ?", "key_sepa
 # Without \u: it would let any letter be written in the names of properties that are not declared, and so
 # a declared one among them, against what is said of it.
 _ESCAPES: Final = 'nrbtf\\"'
+# Behind these a name of a property stands in a path.
+_OF_NAMES: Final = frozenset({"properties", "patternProperties"})
 # Control characters that have no shorter escape.
 _CONTROL: Final = re.compile(r"[\x00-\x07\x0b\x0e-\x1f]")
 
@@ -90,8 +99,8 @@ def prepared(text: str, *, strict: bool, field: str, lenient: bool = False) -> s
         strict: Refuse also keywords and formats that are none of JSON schema's; else they are left
             out, as JSON schema has it.
         field: Path of the request field that holds it, for errors.
-        lenient: Leave out what cannot be enforced. The grammar then admits more than the schema does;
-            for schemas that are only asked to help.
+        lenient: Leave out what cannot be enforced; of what is too much work, all: it is then any object.
+            The grammar then admits more than the schema does; for schemas that are only asked to help.
 
     Raises:
         InvalidRequestError: It is no JSON, no schema, or says something that cannot be enforced; the
@@ -112,10 +121,32 @@ def prepared(text: str, *, strict: bool, field: str, lenient: bool = False) -> s
         raise InvalidRequestError(f"{field} is not valid JSON.", field=field) from None
     if not isinstance(root, dict):
         raise InvalidRequestError(f"{field} must be a JSON object.", field=field)
+    if _levels_of(root) > _MAX_LEVELS:
+        raise InvalidRequestError(f"{field} is nested too deeply.", field=field)
     schema = _Rewriting(root, strict=strict, lenient=lenient, field=field).result()
-    schema_bounds.require_bounded(schema, field)
+    try:
+        schema_bounds.require_bounded(schema, field)
+    except InvalidRequestError:
+        if not lenient:
+            raise
+        schema = {"type": "object"}
     form = _FORM if _has_control(schema) else {**_FORM, "json_allowed_escapes": _ESCAPES}
     return json.dumps({**schema, "x-guidance": form}, ensure_ascii=False)
+
+
+def _levels_of(root: object) -> int:
+    """How deep the values of JSON are nested; found without calls as deep."""
+    levels = 0
+    nodes: list[object] = [root]
+    while nodes:
+        levels += 1
+        nodes = [
+            inner
+            for node in nodes
+            if isinstance(node, dict | list)
+            for inner in (node.values() if isinstance(node, dict) else node)
+        ]
+    return levels
 
 
 def _has_control(node: object) -> bool:
@@ -158,6 +189,11 @@ class _Rewriting:
         self._shared_multiple = 1
         self._references = References(root, self._refuse)
         self._one_ofs: list[_OneOf] = []
+        self._draft = draft_of(root)
+        self._multiples = 0
+        self._looks = Looks()
+        # Keyword and path of a constant or a name that holds a control character.
+        self._control: tuple[str, str] | None = None
 
     def result(self) -> Schema:
         """The rewritten schema.
@@ -177,6 +213,10 @@ class _Rewriting:
         self._require_apart(definitions)
         if definitions:
             schema["$defs"] = definitions
+        if self._control is not None and _is_evadable(schema):
+            keyword, path = self._control
+            why = "holds a control character, which cannot be enforced beside objects with other properties."
+            self._cannot(keyword, path, why)
         return schema
 
     def _refuse(self, keyword: str, path: str, why: str) -> Never:
@@ -207,13 +247,23 @@ class _Rewriting:
         if isinstance(node, bool):
             return node
         if not isinstance(node, dict):
+            *above, last = path.split("/")
+            keyword = above[-1] if last.isdecimal() or above[-1] in _OF_NAMES else last
             raise InvalidRequestError(
-                f"{self._field}: {path} must be a schema: an object or a boolean.", field=self._field
+                f"{self._field}: {path} must be a schema: an object or a boolean.",
+                field=self._field,
+                metadata={"keyword": keyword, "path": path},
             )
         base = node.get("$id")
         if path != "#" and isinstance(base, str) and not base.startswith("#") and _refers(node):
+            if self._lenient:
+                return True
             self._refuse("$id", f"{path}/$id", "cannot stand above a reference but at the schema's top.")
-        simple = simplified(node)
+        if self._draft < LATEST and "prefixItems" in node and node.get("items", True) is not True:
+            self._cannot(
+                "prefixItems", f"{path}/prefixItems", "is no keyword of the draft that $schema names."
+            )
+        simple = simplified(self._with_names_found(node, path))
         if isinstance(simple, bool):
             return simple
         node = simple
@@ -237,6 +287,16 @@ class _Rewriting:
                 _close(out)
         self._check_counts(out, path)
         return out
+
+    def _with_names_found(self, node: Schema, path: str) -> Schema:
+        """The same with what propertyNames refers to in its place; a format that is none says nothing."""
+        if "propertyNames" not in node:
+            return node
+        path = f"{path}/propertyNames"
+        _, names = self._references.end(node["propertyNames"], is_reference, f"{path}/$ref")
+        if isinstance(names, dict) and not self._strict and isinstance(names.get("format"), str):
+            names = {key: said for key, said in names.items() if key != "format" or said in FORMATS}
+        return {**node, "propertyNames": names}
 
     def _types(self, node: Schema, path: str) -> list[str] | None:
         if "type" not in node:
@@ -276,16 +336,21 @@ class _Rewriting:
                 if key == "enum" and not (isinstance(value, list) and value):
                     self._refuse(key, path, "must be a list with at least one value.")
                 if self._are_exact(key, values, path):
+                    self._look_for_control(key, values, path)
                     out[key] = value
             case "required":
                 if not are_names(value):
                     self._refuse(key, path, "must be a list of names.")
+                self._look_for_control(key, value, path)
                 out[key] = list(dict.fromkeys(value))
             case "minLength" | "maxLength" | "minItems" | "maxItems" | "minProperties" | "maxProperties":
                 out[key] = self._size(key, value, path)
             case "minimum" | "maximum" | "exclusiveMinimum" | "exclusiveMaximum":
                 bound = self._bound(key, value, path)
-                out[key] = bound if types == ["integer"] else _beyond_whole(key, bound)
+                if types == ["integer"]:
+                    out[key] = bound
+                else:
+                    _put_bound(out, key, bound)
             case "multipleOf":
                 self._multiple(out, value, path, alone)
             case "pattern":
@@ -303,9 +368,14 @@ class _Rewriting:
         elif key not in ANNOTATIONS and not key.startswith("x-") and self._strict:
             self._refuse(key, path, "is not a keyword of JSON schema.")
 
+    def _look_for_control(self, key: str, values: Sequence[object], path: str) -> None:
+        if self._control is None and _has_control(list(values)):
+            self._control = (key, path)
+
     def _named(self, key: str, value: object, path: str) -> Schema:
         if not isinstance(value, dict):
             self._refuse(key, path, "must be an object of schemas.")
+        self._look_for_control(key, list(value), path)
         return {
             name: self._schema(schema, f"{path}/{_escaped(name)}", alone=True)
             for name, schema in value.items()
@@ -338,7 +408,12 @@ class _Rewriting:
             self._combine(out, "anyOf", self._exclusively(names, path))
             return
         ends = [self._references.end(node, is_reference, f"{path}/{i}/$ref") for i, node in enumerate(said)]
-        telling = telling_property([node for _, node in ends]) if alone else None
+        try:
+            nodes = [node for _, node in ends]
+            telling = telling_property(nodes, self._looks, self._draft) if alone else None
+        except TooMuchToCompareError:
+            self._cannot("oneOf", path, "cannot be enforced: its alternatives are too many to compare.")
+            telling = None
         narrowed: list[Schema | bool] = []
         for i, node in enumerate(said):
             pointer = ends[i][0]
@@ -372,6 +447,8 @@ class _Rewriting:
 
     def _exclusively(self, names: list[list[str]], path: str) -> list[Schema | bool]:
         """Alternatives that only ask for properties, each without one of every other."""
+        if len(names) * sum(map(len, names)) > _MAX_EXCLUSIONS:
+            self._refuse("oneOf", path, "cannot be enforced: its alternatives are too many to compare.")
         made: list[Schema | bool] = []
         for own in names:
             others = [[name for name in other if name not in own] for other in names if other is not own]
@@ -391,6 +468,7 @@ class _Rewriting:
         overlap = Overlap(
             left=lambda reference: definitions[definition(reference)],
             right=lambda reference: self._references.resolve(self._references.pointer(reference, "#")),
+            draft=self._draft,
         )
         for path, made, narrowed, said in self._one_ofs:
             beside = {key: value for key, value in made.items() if value is not narrowed and key != "allOf"}
@@ -453,6 +531,10 @@ class _Rewriting:
                 "multipleOf", path, f"cannot be enforced; up to {_MAX_MULTIPLE} can, and nine decimals."
             )
             return
+        self._multiples += coefficient
+        if self._multiples > _MAX_MULTIPLES:
+            self._cannot("multipleOf", path, "cannot be enforced: there are too many multiples.")
+            return
         out["multipleOf"] = value
 
     def _format(self, out: Schema, value: object, path: str, types: list[str] | None) -> None:
@@ -497,16 +579,18 @@ def _required_only(node: object) -> list[str]:
     return names if said == {"required"} and are_names(names) else []
 
 
-def _beyond_whole(key: str, bound: float) -> float:
-    """A bound of numbers; an excluded whole one is moved inward.
+def _put_bound(out: Schema, key: str, bound: float) -> None:
+    """Put a bound of numbers there; an excluded one is moved inward, and then included.
 
-    The library admits it all the same where the other bound has the same whole part (0 to 0.5).
+    The library admits a whole one all the same where the other bound has the same whole part (0 to 0.5),
+    and next to any it admits digits that make no other float.
     """
-    if not key.startswith("exclusive") or abs(bound) >= _LARGEST_EXACT or int(bound) != bound:
-        return bound
-    # The library reads the last digits of a float inexactly.
-    step = max(_LEAST_STEP, 8 * math.ulp(bound))
-    return bound + step if key == "exclusiveMinimum" else bound - step
+    if key.startswith("exclusive") and abs(bound) < _LARGEST_EXACT:
+        # The library reads the last digits of a float inexactly.
+        step = max(_LEAST_STEP if int(bound) == bound else 0.0, 8 * math.ulp(bound))
+        key, bound = ("minimum", bound + step) if key == "exclusiveMinimum" else ("maximum", bound - step)
+    narrower = max if key.lower().endswith("minimum") else min
+    out[key] = narrower(out.get(key, bound), bound)
 
 
 def _escaped(name: str) -> str:
@@ -519,6 +603,20 @@ def _refers(node: object) -> bool:
     if isinstance(node, dict):
         return isinstance(node.get("$ref"), str) or any(map(_refers, node.values()))
     return isinstance(node, list) and any(map(_refers, node))
+
+
+def _is_evadable(node: object) -> bool:
+    """Whether an object of a schema made has declared properties, and others that may have any name.
+
+    Where a character may be written by its number, so may those of a declared name.
+    """
+    if isinstance(node, list):
+        return any(map(_is_evadable, node))
+    if not isinstance(node, dict):
+        return False
+    is_declared = any(node.get(key) for key in ("properties", "required", "patternProperties"))
+    is_open = node.get("additionalProperties", True) is not False or bool(node.get("patternProperties"))
+    return (is_declared and is_open) or any(map(_is_evadable, node.values()))
 
 
 def _is_single(value: object) -> bool:

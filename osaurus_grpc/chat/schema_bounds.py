@@ -1,8 +1,9 @@
 """Bounds of what a schema may ask of the grammar library, where the library has none itself.
 
 It intersects the string constraints that meet in one value, and the work of that doubles with each; it
-multiplies the alternatives that meet others, or properties; and it compares all properties of an object
-that need not be there. Nothing ends that work once it is begun, so it is estimated before.
+multiplies the alternatives that meet others, or properties; it compares all properties of an object that
+need not be there, and all that are required and not declared. Nothing ends that work once it is begun, so
+it is estimated before.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ MAX_MEETINGS: Final = 12
 MAX_PRODUCT: Final = 8_000
 MAX_OPTIONAL_SQUARED: Final = 2_000**2
 MAX_PATTERNS_SQUARED: Final = 120**2
+MAX_UNDECLARED_SQUARED: Final = 4_000**2
 
 _OF_STRINGS: Final = ("pattern", "minLength", "maxLength")
 _DEFINITIONS: Final = "#/$defs/"
@@ -65,6 +67,7 @@ class _Weighing:
         self._field = field
         self._optional_squared = 0
         self._patterns_squared = 0
+        self._undeclared_squared = 0
 
     def weight(self, node: object, path: str) -> _Weight:
         """The weight of a schema; raises InvalidRequestError where it is too large."""
@@ -113,6 +116,9 @@ class _Weighing:
         self._optional_squared += optional**2
         if self._optional_squared > MAX_OPTIONAL_SQUARED:
             self._refuse("properties", path, "too many properties are not required.")
+        self._undeclared_squared += len(set(required) - node.get("properties", {}).keys()) ** 2
+        if self._undeclared_squared > MAX_UNDECLARED_SQUARED:
+            self._refuse("required", path, "too many properties are required and not declared.")
         self._patterns_squared += len(node.get("patternProperties", ())) ** 2
         if self._patterns_squared > MAX_PATTERNS_SQUARED:
             self._refuse("patternProperties", path, "there are too many patterns.")

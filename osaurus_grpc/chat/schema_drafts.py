@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from typing import Final
+
+from osaurus_grpc.chat.formats import FORMATS
 from osaurus_grpc.chat.schema_keywords import ANNOTATIONS, APPLICATORS, TYPES, Schema, are_names
 from osaurus_grpc.chat.schema_overlap import canonical, listed_values
+
+# Of a schema that is said once for each of several names: its characters times these.
+_MAX_CHARACTERS: Final = 100_000
 
 
 def simplified(node: Schema) -> Schema | bool:
@@ -58,7 +65,7 @@ def _with_names(node: Schema) -> Schema:
     if (pattern := _pattern_of(said)) is not None:
         return {**rest, "patternProperties": {pattern: value}, "additionalProperties": False}
     listed = said.get("enum", [said.get("const")]) if len(said) == 1 else None
-    if are_names(listed):
+    if are_names(listed) and len(listed) * len(json.dumps(value)) <= _MAX_CHARACTERS:
         properties = dict.fromkeys(listed, value)
         return {**rest, "properties": properties, "additionalProperties": False}
     return node
@@ -68,10 +75,16 @@ def _pattern_of(said: Schema) -> str | None:
     """The regular expression that says the same of strings; None where there is none."""
     if said.keys() == {"pattern"} and isinstance(said["pattern"], str):
         return said["pattern"]
-    least, most = said.get("minLength", 0), said.get("maxLength", "")
-    if said.keys() <= {"minLength", "maxLength"} and isinstance(least, int) and isinstance(most, int | str):
-        return rf"^[\s\S]{{{least},{most}}}$"
+    if said.keys() == {"format"} and isinstance(said["format"], str) and said["format"] in FORMATS:
+        return f"^(?:{FORMATS[said['format']]})$"
+    least, most = said.get("minLength", 0), said.get("maxLength")
+    if said.keys() <= {"minLength", "maxLength"} and _is_count(least) and (most is None or _is_count(most)):
+        return rf"^[\s\S]{{{least},{'' if most is None else most}}}$"
     return None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _without(node: Schema) -> Schema | bool:
@@ -89,7 +102,10 @@ def _without(node: Schema) -> Schema | bool:
             left = _types_without(rest.get("type", sorted(TYPES - {"integer"})), types)
             return node if left is None else bool(left) and {**rest, "type": left}
         case [("enum" | "const", _)] if isinstance(rest.get("enum"), list):
-            gone = {canonical(value) for value in listed_values(said) or ()}
+            values = listed_values(said)
+            if values is None:
+                return node
+            gone = {canonical(value) for value in values}
             left = [value for value in rest["enum"] if canonical(value) not in gone]
             return bool(left) and {**rest, "enum": left}
         case [("required", names)] if rest.get("type") == "object" and are_names(names) and names:
@@ -99,9 +115,12 @@ def _without(node: Schema) -> Schema | bool:
 
 
 def _types_without(types: object, gone: str | list[object]) -> list[object] | None:
-    """Types without others; None where a part of one would have to go."""
+    """Types without others; None where a part of one would have to go, or one is no type."""
     types = types if isinstance(types, list) else [types]
     gone = gone if isinstance(gone, list) else [gone]
+    if not gone or not all(isinstance(kind, str) and kind in TYPES for kind in (*types, *gone)):
+        return None
+    types, gone = list(dict.fromkeys(types)), list(dict.fromkeys(gone))
     if "integer" in gone and "number" in types and "number" not in gone:
         return None
     return [kind for kind in types if kind not in gone and (kind != "integer" or "number" not in gone)]
@@ -109,6 +128,7 @@ def _types_without(types: object, gone: str | list[object]) -> list[object] | No
 
 def _with_dependencies(node: Schema) -> Schema:
     """Say by alternatives what the properties of an object depend on."""
+    alternatives: list[Schema] = []
     for keyword in ("dependentRequired", "dependentSchemas", "dependencies"):
         said = node.get(keyword)
         if not isinstance(said, dict) or not all(
@@ -119,14 +139,14 @@ def _with_dependencies(node: Schema) -> Schema:
         for name, needed in said.items():
             schema = {"required": needed} if isinstance(needed, list) else needed
             there = {"required": [name], "allOf": [schema]}
-            node = _and(node, {"anyOf": [{"properties": {name: False}}, there]})
-    return node
+            alternatives.append({"anyOf": [{"properties": {name: False}}, there]})
+    return _and(node, *alternatives) if alternatives else node
 
 
-def _and(node: Schema, more: Schema) -> Schema:
+def _and(node: Schema, *more: Schema) -> Schema:
     """A schema that says more besides."""
     parts = node.get("allOf", [])
-    return {**node, "allOf": [*parts, more]} if isinstance(parts, list) else node
+    return {**node, "allOf": [*parts, *more]} if isinstance(parts, list) else node
 
 
 def _renamed(node: Schema, old: str, new: str) -> Schema:

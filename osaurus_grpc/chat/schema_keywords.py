@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final, TypeGuard
 
@@ -35,8 +36,30 @@ FAMILIES: Final[Mapping[str, str]] = {
          "maxProperties", "propertyNames"), "object"
     ),
 }  # fmt: skip
+LATEST: Final = 2020
+_DRAFTS: Final = re.compile(r"draft-0?([3-7])\b|draft/(2019)-09")
 UNIONS: Final = ("anyOf", "oneOf", "allOf")
 APPLICATORS: Final = frozenset({*UNIONS, "$ref", "enum", "const"})
+
+
+def draft_of(root: Schema) -> int:
+    """The draft of JSON schema that a schema names: 4, 6, 7, 2019 or the latest."""
+    name = root.get("$schema")
+    found = _DRAFTS.search(name) if isinstance(name, str) else None
+    return int(found[1] or found[2]) if found else LATEST
+
+
+def as_meant(node: Any, draft: int) -> Any:
+    """A schema without the keywords that an older draft ignores, and newer ones know.
+
+    They may be enforced all the same, but tell nothing apart.
+    """
+    if draft == LATEST or not isinstance(node, dict):
+        return node
+    if draft <= 7 and isinstance(node.get("$ref"), str):
+        return {"$ref": node["$ref"]}
+    unknown = {"prefixItems"} if draft > 4 else {"prefixItems", "const"}
+    return {key: value for key, value in node.items() if key not in unknown}
 
 
 def asserting_keywords(node: Schema) -> set[str]:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from typing import Final
 
-Schema = dict[str, Any]
+from osaurus_grpc.chat.schema_keywords import LATEST, Schema, are_names, as_meant
+
 Resolve = Callable[[str], object]
 
 _KINDS: Final = ("null", "boolean", "number", "string", "array", "object")
@@ -30,17 +31,32 @@ class TooMuchToCompareError(Exception):
     """What was asked takes more looks than are granted."""
 
 
+class Looks:
+    """Counts the schemas and values that were looked at."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def __call__(self, count: int = 1) -> None:
+        """Count some more; raises TooMuchToCompareError where they are too many."""
+        self._count += count
+        if self._count > _MAX_LOOKS:
+            raise TooMuchToCompareError
+
+
 class Overlap:
     """Compares schemas of two documents, with one bound for all comparisons.
 
     Args:
         left: Finds what a reference in a schema on the left leads to.
         right: The same on the right.
+        draft: The draft of JSON schema that the schemas on the right go by.
     """
 
-    def __init__(self, left: Resolve, right: Resolve) -> None:
+    def __init__(self, left: Resolve, right: Resolve, draft: int = LATEST) -> None:
         self._resolve = (left, right)
-        self._looks = 0
+        self._looks = Looks()
+        self._draft = draft
 
     def are_apart(self, left: object, right: object) -> bool:
         """Whether no value satisfies both; False also where that is not seen.
@@ -50,16 +66,12 @@ class Overlap:
         """
         return self._apart(left, right, 0)
 
-    def _look(self, count: int = 1) -> None:
-        self._looks += count
-        if self._looks > _MAX_LOOKS:
-            raise TooMuchToCompareError
-
     def _apart(self, left: object, right: object, depth: int) -> bool:
-        self._look()
+        self._looks()
         if left is False or right is False:
             return True
         left, right = ({} if node is True else node for node in (left, right))
+        right = as_meant(right, self._draft)
         if depth > _MAX_DEPTH or not isinstance(left, dict) or not isinstance(right, dict):
             return False
         depth += 1
@@ -76,7 +88,7 @@ class Overlap:
         """Whether one of them lists its values, and the other admits none of these."""
         ours, theirs = listed_values(left), listed_values(right)
         if ours is not None and theirs is not None:
-            self._look(len(ours) + len(theirs))
+            self._looks(_size(ours) + _size(theirs))
             return not {canonical(value) for value in ours} & {canonical(value) for value in theirs}
         if ours is not None:
             return all(self._fails(value, right, 1, depth) for value in ours)
@@ -84,15 +96,16 @@ class Overlap:
 
     def _fails(self, value: object, node: object, side: int, depth: int) -> bool:
         """Whether a value does not satisfy a schema; False also where that is not seen."""
-        self._look()
+        self._looks()
         if node is False:
             return True
+        node = as_meant(node, self._draft) if side else node
         if depth > _MAX_DEPTH or not isinstance(node, dict):
             return False
         depth += 1
         listed = listed_values(node)
         if listed is not None:
-            self._look(len(listed))
+            self._looks(_size(value) + _size(listed))
             if canonical(value) not in map(canonical, listed):
                 return True
         return (
@@ -155,34 +168,53 @@ class Overlap:
             yield from parts
 
 
-def telling_property(nodes: Sequence[object]) -> str | None:
+def telling_property(nodes: Sequence[object], looks: Looks, draft: int = LATEST) -> str | None:
     """The property whose listed values tell objects apart, each object's from all others'.
 
     Args:
         nodes: Schemas of objects.
+        looks: Counts what is looked at.
+        draft: The draft of JSON schema that they go by.
 
     Returns:
         Its name, the first of several; None where there is none.
+
+    Raises:
+        TooMuchToCompareError: All that was asked so far takes too long.
     """
-    objects = [node for node in nodes if isinstance(node, dict) and _kinds(node) == {"object"}]
+    meant = [as_meant(node, draft) for node in nodes]
+    objects = [node for node in meant if isinstance(node, dict) and _kinds(node) == {"object"}]
     if len(objects) < len(nodes) or not nodes:
         return None
     named = [node["properties"] if isinstance(node.get("properties"), dict) else {} for node in objects]
-    common: list[str] = [name for name in named[0] if all(name in properties for properties in named)]
-    for name in common:
-        listed = [listed_values(properties[name]) for properties in named]
-        keys = [key for values in listed for key in {canonical(value) for value in values or ()}]
-        if all(listed) and len(keys) == len(set(keys)):
+    names: list[str] = list(named[0])
+    for name in names:
+        looks(len(named))
+        listed = [listed_values(as_meant(properties.get(name), draft)) for properties in named]
+        if all(listed) and _are_distinct(listed, looks):
             return name
     return None
 
 
+def _are_distinct(listed: Sequence[list[object] | None], looks: Looks) -> bool:
+    """Whether no value stands in two of several lists."""
+    seen: set[object] = set()
+    for values in listed:
+        looks(_size(values))
+        keys = {canonical(value) for value in values or ()}
+        if seen & keys:
+            return False
+        seen |= keys
+    return True
+
+
 def _kinds(node: Schema) -> set[str]:
-    """The types that a schema admits, whole numbers being numbers."""
+    """The types that a schema admits, whole numbers being numbers; all where it names none that is one."""
     said = node.get("type")
-    if said is None:
+    names = said if isinstance(said, list) else [said]
+    if not are_names(names):
         return set(_KINDS)
-    return {"number" if kind == "integer" else kind for kind in (said if isinstance(said, list) else [said])}
+    return {"number" if kind == "integer" else kind for kind in names}
 
 
 def is_of_type(value: object, node: Schema) -> bool:
@@ -213,6 +245,17 @@ def listed_values(node: object) -> list[object] | None:
     if "const" in node:
         return [node["const"]]
     return node["enum"] if isinstance(node.get("enum"), list) else None
+
+
+def _size(value: object) -> int:
+    """How many values a value is made of."""
+    match value:
+        case list():
+            return 1 + sum(map(_size, value))
+        case dict():
+            return 1 + sum(map(_size, value.values()))
+        case _:
+            return 1
 
 
 def canonical(value: object) -> object:
@@ -273,7 +316,7 @@ def _is_outside(count: int, node: Schema, what: str) -> bool:
 
 def _required(node: Schema) -> Sequence[str]:
     required = node.get("required")
-    return required if isinstance(required, list) else ()
+    return required if are_names(required) else ()
 
 
 def _property(node: Schema, name: str) -> object:

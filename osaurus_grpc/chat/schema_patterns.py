@@ -3,23 +3,32 @@ r"""Regular expressions of schemas in words that mean the same to the grammar li
 The library (llguidance 1.9) reads a class that has all control characters as one that has the quotation
 mark and the backslash as well, since a JSON string escapes all of these: [^"] would admit what it excludes.
 Such classes lose U+0000. And ECMA-262, by which JSON schema goes, Python and the library do not agree on
-what \W, \D, \S and the dot are: of these remains what all three admit.
+what \W, \D, \S and the dot are: of these remains what all three admit, in negated classes too.
+
+The library has classes inside of classes, and operators between them ([a&&b], [a--b], [a~~b]), and takes all
+hyphens at a class's beginning for themselves. For the others these are the characters that they look like.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Final
 
 _NUL: Final = r"[\x00]"
-_TOKEN: Final = re.compile(
-    r"(?P<open>\[(?P<negated>\^)?(?:-+|\])?(?P<done>\[\\x00\])?)"
-    r"|(?P<close>\])"
-    r"|\\P(?P<property>\{[^}]*\}|.)"
+_SEVERAL: Final = (
+    r"|\\P(?P<property>\{[^}]{1,64}\}|.)"
     r"|(?P<lowest>\\(?:x00|u0000))-"
-    r"|\\(?P<letter>[WDS])"
-    r"|(?P<dot>\.)"
-    r"|\\.",
+    r"|\\(?P<letter>[WDSwd])"
+    r"|\\."
+)
+_OUTSIDE: Final = re.compile(
+    r"(?P<open>\[(?P<negated>\^)?(?:(?P<hyphen>-(?=-))|(?:-|\])?(?P<done>\[\\x00\])?))|(?P<dot>\.)"
+    + _SEVERAL,
+    re.DOTALL,
+)
+_INSIDE: Final = re.compile(
+    r"(?P<done>\[\^\[\\x00\])|(?P<close>\])|(?P<literal>\[|(?P<operator>[&~-])(?P=operator))" + _SEVERAL,
     re.DOTALL,
 )
 _NARROWER: Final = {
@@ -27,6 +36,14 @@ _NARROWER: Final = {
     "D": rf"[^{_NUL}\p{{Nd}}]",
     "S": rf"[^{_NUL}\s\x1c-\x1f\x{{feff}}]",
     ".": rf"[^{_NUL}\n\r]",
+}
+# What any of the three admits: what a negated class has less of.
+_WIDER: Final = {
+    "W": rf"[^{_NUL}a-zA-Z0-9_]",
+    "D": rf"[^{_NUL}0-9]",
+    "S": rf"[^{_NUL} \t\n\r\x0b\x0c]",
+    "w": r"\p{Alphabetic}\p{M}\p{N}\p{Pc}",
+    "d": r"\p{Nd}",
 }
 
 
@@ -39,21 +56,32 @@ def enforceable(pattern: str, *, narrow: bool) -> str:
             expression does not match other keywords apply.
     """
     depth = 0
+    letters: Mapping[str, str] = _NARROWER
     parts: list[str] = []
     end = 0
-    for found in _TOKEN.finditer(pattern):
-        parts += [pattern[end : found.start()], _written(found, narrow=narrow, is_inside=depth > 0)]
+    while found := (_INSIDE if depth else _OUTSIDE).search(pattern, end):
+        named = found.groupdict()
+        if named.get("open"):
+            letters = _WIDER if named["negated"] else _NARROWER
+        parts += [pattern[end : found.start()], _written(named, found[0], letters if narrow else {})]
         end = found.end()
-        depth += bool(found["open"]) - bool(found["close"] and depth)
+        depth += bool(named.get("open") or named.get("done")) - bool(named.get("close"))
+        if not depth:
+            letters = _NARROWER
     return "".join([*parts, pattern[end:]])
 
 
-def _written(found: re.Match[str], *, narrow: bool, is_inside: bool) -> str:
-    if found["open"]:
-        return found[0] if found["done"] or not found["negated"] else f"{found[0]}{_NUL}"
-    if found["property"]:
-        return rf"[^{_NUL}\p{found['property']}]"
-    if found["lowest"]:
-        return r"\x01-" if is_inside else found[0]
-    letter = found["letter"] or (found["dot"] if not is_inside else None)
-    return _NARROWER[letter] if letter and narrow else found[0]
+def _written(named: Mapping[str, str | None], text: str, letters: Mapping[str, str]) -> str:
+    """One token for the library; the letters are those that are written otherwise."""
+    if named.get("open"):
+        if named["hyphen"]:
+            # What follows the first may be a range from it.
+            return f"[^{_NUL}\\-" if named["negated"] else "[\\-"
+        return text if named["done"] or not named["negated"] else f"{text}{_NUL}"
+    if named.get("literal"):
+        return f"\\{text}" if text == "[" else f"{text[0]}\\{text[1]}"
+    if named["property"]:
+        return rf"[^{_NUL}\p{named['property']}]"
+    if named["lowest"]:
+        return r"\x01-" if "dot" not in named else text
+    return letters.get(named["letter"] or named.get("dot") or "", text)

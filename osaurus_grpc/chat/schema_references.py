@@ -43,6 +43,8 @@ class References:
         self._pending: list[Use] = []
         # Pointers that are known to lead to something else than a reference.
         self._ending: set[str] = set()
+        # Where the references at pointers end.
+        self._ends: dict[str, str] = {}
 
     def pointer(self, reference: object, path: str) -> str:
         """A reference, that stands at a path, as a pointer into the schema; its place exists."""
@@ -68,9 +70,15 @@ class References:
             The pointer, None where it refers to nothing, and the schema at the end.
         """
         pointer = None
+        followed: list[str] = []
         while isinstance(node, dict) and is_reference(node):
             pointer = self.pointer(node["$ref"], path)
+            followed.append(pointer)
+            # As for the circles: what was followed once is not followed again.
+            pointer = self._ends.get(pointer, pointer)
             node = self.resolve(pointer, path)
+        if pointer is not None:
+            self._ends |= dict.fromkeys(followed, pointer)
         return pointer, node
 
     def resolve(self, pointer: str, path: str = "") -> object:

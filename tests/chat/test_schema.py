@@ -38,7 +38,7 @@ UNENFORCED = [
     ({"allOf": [{"unevaluatedProperties": False, "$ref": "#/$defs/a"}], "$defs": {"a": {}}},
      "unevaluatedProperties", "#/allOf/0/unevaluatedProperties"),
     ({"prefixItems": [{}], "unevaluatedItems": False}, "unevaluatedItems", "#/unevaluatedItems"),
-    ({"propertyNames": {"format": "date"}}, "propertyNames", "#/propertyNames"),
+    ({"propertyNames": {"format": "date", "minLength": 3}}, "propertyNames", "#/propertyNames"),
     ({"propertyNames": {"maxLength": 3}, "properties": {}}, "propertyNames", "#/propertyNames"),
     ({"propertyNames": {"pattern": ["a"]}}, "propertyNames", "#/propertyNames"),
     ({"propertyNames": {"enum": 5}}, "propertyNames", "#/propertyNames"),
@@ -193,6 +193,47 @@ def test_numbers_that_no_float_holds_are_moved_inward():
     assert 10**18 - 129 <= made["maximum"] <= 10**18 - 1
     assert float(made["maximum"]) == made["maximum"]
     assert rewritten({"type": "integer"})["maximum"] == 2**63 - 1024
+
+
+def test_values_nested_too_deeply_are_refused():
+    deep: Any = 1
+    for _ in range(400):
+        deep = [deep]
+    for schema in ({"const": deep}, {"default": deep}):
+        assert "nested too deeply" in refusal(schema).message
+
+
+def test_what_is_no_schema_is_named():
+    error = refusal({"properties": {"a": {"items": 5}}})
+    assert error.metadata == {"keyword": "items", "path": "#/properties/a/items"}
+    error = refusal({"properties": {"a": []}})
+    assert error.metadata == {"keyword": "properties", "path": "#/properties/a"}
+    error = refusal({"anyOf": [{}, 3]})
+    assert error.metadata == {"keyword": "anyOf", "path": "#/anyOf/1"}
+
+
+def test_a_schema_that_only_helps_is_any_object_where_it_is_too_much_work():
+    much = {"allOf": [{"type": "string", "pattern": f"x{i}"} for i in range(13)]}
+    assert refusal(much).metadata["keyword"] == "allOf"
+    assert rewritten(much, lenient=True) == {"type": "object"}
+    assert refusal({"required": [f"p{i}" for i in range(5_000)]}).metadata["keyword"] == "required"
+    multiples = {"anyOf": [{"type": "integer", "multipleOf": 9_000 + i} for i in range(200)]}
+    assert refusal(multiples).metadata["keyword"] == "multipleOf"
+
+
+def test_a_character_written_by_its_number_hides_no_name():
+    schema: Any = {"type": "object", "properties": {"a": {"type": "null"}, "c": {"const": "\x01"}}}
+    assert rewritten(schema)["properties"]["c"] == {"const": "\x01"}
+    open_schema = {**schema, "additionalProperties": {"type": "string"}}
+    error = refusal(open_schema)
+    assert error.metadata == {"keyword": "const", "path": "#/properties/c/const"}
+    assert rewritten(open_schema, lenient=True)["additionalProperties"] == {"type": "string"}
+
+
+def test_excluded_bounds_are_moved_inward():
+    made = rewritten({"type": "number", "exclusiveMinimum": 0.1, "minimum": 0, "exclusiveMaximum": 0.5})
+    assert 0.1 < made["minimum"] < 0.100001
+    assert 0.499999 < made["maximum"] < 0.5
 
 
 def test_a_schema_made_ready_stays_so():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
@@ -60,6 +61,13 @@ MEANINGS: list[tuple[dict[str, Any], list[Any], list[Any]]] = [
     ),
     ({"type": "object", "propertyNames": {"const": "k"}}, [{}, {"k": 1}], [{"a": 1}]),
     ({"type": "object", "propertyNames": False}, [{}], [{"a": 1}]),
+    (
+        {"type": "object", "propertyNames": {"$ref": "#/$defs/k"}, "$defs": {"k": {"enum": ["k", "l"]}}},
+        [{}, {"k": 1, "l": 2}],
+        [{"a": 1}],
+    ),
+    ({"type": "object", "propertyNames": {"format": "date"}}, [{}, {"2024-02-29": 1}], [{"2023-02-29": 1}]),
+    ({"type": "object", "propertyNames": {"format": "path"}}, [{}, {"a": 1}], []),
 ]  # fmt: skip
 
 
@@ -73,7 +81,8 @@ async def test_meanings(
     invalid: list[Any],
 ) -> None:
     # Of "dependencies" newer drafts say nothing.
-    validator = jsonschema.Draft7Validator if "dependencies" in schema else jsonschema.Draft202012Validator
+    draft = jsonschema.Draft7Validator if "dependencies" in schema else jsonschema.Draft202012Validator
+    validator = functools.partial(draft, format_checker=draft.FORMAT_CHECKER)
     grammar = await grammars.json_schema(model, json.dumps(schema), field="f")
     for value in valid + invalid:
         assert validator(schema).is_valid(value) is (value in valid)
@@ -96,6 +105,24 @@ async def test_meanings(
         ({"items": {"not": {"minimum": 3}}}, "#/items/not"),
         ({"dependentRequired": {"a": ["b"]}}, "#/dependentRequired"),
         ({"type": "object", "dependentRequired": {"a": 5}}, "#/dependentRequired"),
+        ({"not": {"type": "text"}}, "#/not"),
+        ({"not": {"type": [[]]}}, "#/not"),
+        ({"enum": [1], "not": {"enum": 5}}, "#/not"),
+        ({"type": "object", "propertyNames": {"maxLength": "3"}}, "#/propertyNames"),
+        ({"type": "object", "propertyNames": {"minLength": True}}, "#/propertyNames"),
+        ({"type": "object", "propertyNames": {"minLength": -1}}, "#/propertyNames"),
+        (
+            {
+                "type": "object",
+                "propertyNames": {"enum": [f"n{i}" for i in range(500)]},
+                "additionalProperties": {"enum": list(range(500))},
+            },
+            "#/propertyNames",
+        ),
+        (
+            {"$schema": "http://json-schema.org/draft-07/schema#", "prefixItems": [{}], "items": {}},
+            "#/prefixItems",
+        ),
     ],
 )
 def test_what_cannot_be_said_otherwise_is_refused(schema: Any, path: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from osaurus_grpc.chat.grammar import Grammars, TokenizedModel
 from osaurus_grpc.chat.schema import prepared
-from osaurus_grpc.chat.schema_overlap import Overlap, TooMuchToCompareError, telling_property
+from osaurus_grpc.chat.schema_overlap import Looks, Overlap, TooMuchToCompareError, telling_property
 from osaurus_grpc.errors import InvalidRequestError
 from tests.chat.test_grammar import grammars, model, text_of, throw  # noqa: F401  (fixtures)
 
@@ -152,11 +152,14 @@ def test_what_takes_too_long_is_not_finished() -> None:
 
 def test_the_property_that_tells_objects_apart() -> None:
     cat, dog = an_object(n=INTEGER, k={"const": "cat"}), an_object(k={"enum": ["dog", "wolf"]}, n=INTEGER)
-    assert telling_property([cat, dog]) == "k"
-    assert telling_property([cat, dog, an_object(k={"const": "wolf"})]) is None
-    assert telling_property([cat, dog, an_object(n=INTEGER)]) is None
-    assert telling_property([cat, {"type": ["object", "null"], "properties": dog["properties"]}]) is None
-    assert telling_property([True, cat]) is None
+    assert telling_property([cat, dog], Looks()) == "k"
+    assert telling_property([cat, dog, an_object(k={"const": "wolf"})], Looks()) is None
+    assert telling_property([cat, dog, an_object(n=INTEGER)], Looks()) is None
+    assert (
+        telling_property([cat, {"type": ["object", "null"], "properties": dog["properties"]}], Looks())
+        is None
+    )
+    assert telling_property([True, cat], Looks()) is None
 
 
 def union_of(*alternatives: Any, **more: Any) -> dict[str, Any]:
@@ -234,6 +237,14 @@ REFUSED = {
     ),
     "patterns": union_of({**STRING, "pattern": "^a"}, {**STRING, "pattern": "^b"}),
     "one property or both": {"type": "object", "oneOf": [{"required": ["a"]}, {"required": ["a", "b"]}]},
+    "constants in a draft that has none": union_of({"const": 1}, {"const": 2}),
+    "a property of constants in that draft": union_of(kind("a", "kind"), kind("b", "kind")),
+    "what an older draft ignores beside a reference": union_of(
+        {"$ref": "#/$defs/n", "maximum": 3}, {"$ref": "#/$defs/n", "minimum": 5}
+    ),
+    "properties of which exactly one must be there, and very many": {
+        "type": "object", "oneOf": [{"required": [f"p{n}"]} for n in range(101)],
+    },
     "multiples": {**INTEGER, "oneOf": [{"multipleOf": 3}, {"multipleOf": 5}]},
     "very many": union_of(*({**STRING, "minLength": n, "maxLength": n} for n in range(400))),
 }  # fmt: skip
@@ -241,7 +252,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_alternatives_that_are_not_told_apart_are_refused(name: str) -> None:
-    schema = {"items": REFUSED[name]}
+    schema = {"items": REFUSED[name], "$defs": {"n": INTEGER}}
+    if "draft" in name:
+        schema["$schema"] = "http://json-schema.org/draft-04/schema#"
     with pytest.raises(InvalidRequestError) as raised:
         prepared(json.dumps(schema), strict=False, field="f")
     assert raised.value.metadata == {"keyword": "oneOf", "path": "#/items/oneOf"}
@@ -264,6 +277,9 @@ def test_alternatives_that_are_not_told_apart_are_refused(name: str) -> None:
             "#/oneOf/0/$ref",
         ),
         ({"oneOf": []}, "#/oneOf"),
+        (union_of({"type": [[]]}), "#/oneOf/0/type"),
+        (union_of({"type": {}}), "#/oneOf/0/type"),
+        (union_of(kind("a"), {"not": {}, "type": {}, "required": [[]]}), "#/oneOf"),
         ({"oneOf": [{"$ref": "#/$defs/a", "not": {"minimum": 1}}], "$defs": {"a": {}}}, "#/oneOf/0/not"),
         (union_of(an_object("k", k={"const": 1}) | {"required": "k"}, kind("a")), "#/oneOf/0/required"),
     ],
@@ -272,3 +288,23 @@ def test_what_is_wrong_in_an_alternative_is_named(schema: Any, path: str) -> Non
     with pytest.raises(InvalidRequestError) as raised:
         prepared(json.dumps(schema), strict=False, field="f")
     assert raised.value.metadata["path"] == path
+
+
+CHAIN = {**{f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(3_000)}, "a3000": {"type": "null"}}
+SAME = {"type": "object", "properties": {f"p{i}": {"const": 1} for i in range(3_000)}}
+
+
+@pytest.mark.timeout(20)  # each once took longer
+@pytest.mark.parametrize(
+    "schema",
+    [
+        union_of(*[{"$ref": "#/$defs/a0"}] * 2_500, **{"$defs": CHAIN}),
+        union_of(*[{"$ref": "#/$defs/a"}] * 2_500, **{"$defs": {"a": SAME}}),
+        union_of({"enum": list(range(1_000))}, {"anyOf": [{"const": list(range(500))}] * 80}),
+        {"type": "object", "oneOf": [{"required": [f"p{i}"]} for i in range(6_000)]},
+    ],
+)
+def test_what_would_take_too_long_to_compare_is_refused(schema: Any) -> None:
+    with pytest.raises(InvalidRequestError) as raised:
+        prepared(json.dumps(schema), strict=False, field="f")
+    assert raised.value.metadata == {"keyword": "oneOf", "path": "#/oneOf"}
