@@ -82,7 +82,7 @@ REFUSED: dict[str, Any] = {
     "dependencies": {"a": ["b"]},
     "unevaluatedItems": False,
     "unevaluatedProperties": {"type": "null"},
-    "propertyNames": {"format": "date"},
+    "propertyNames": {"format": "date", "minLength": 3},
     "$recursiveRef": "#",
 }
 ANNOTATIONS = {
