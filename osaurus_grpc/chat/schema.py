@@ -36,6 +36,7 @@ from osaurus_grpc.chat.schema_keywords import (
     UNENFORCED,
     Schema,
     are_names,
+    as_meant,
     asserting_keywords,
     draft_of,
     is_reference,
@@ -263,6 +264,8 @@ class _Rewriting:
             self._cannot(
                 "prefixItems", f"{path}/prefixItems", "is no keyword of the draft that $schema names."
             )
+        if "not" in node:
+            node = {**node, "not": as_meant(node["not"], self._draft)}
         simple = simplified(self._with_names_found(node, path))
         if isinstance(simple, bool):
             return simple

@@ -57,8 +57,10 @@ def _with_names(node: Schema) -> Schema:
     if not isinstance(names, dict):
         return node
     said = {key: value for key, value in names.items() if key not in ANNOTATIONS}
-    if said.pop("type", "string") != "string" or not said:
-        return rest if not said else node
+    if said.pop("type", "string") not in ("string", ["string"]):
+        return node
+    if not said:
+        return rest
     value = rest.get("additionalProperties", True)
     if {"properties", "patternProperties"} & rest.keys():
         return node

@@ -106,6 +106,8 @@ async def test_meanings(
         ({"dependentRequired": {"a": ["b"]}}, "#/dependentRequired"),
         ({"type": "object", "dependentRequired": {"a": 5}}, "#/dependentRequired"),
         ({"not": {"type": "text"}}, "#/not"),
+        ({"type": "object", "propertyNames": {"type": "number"}}, "#/propertyNames"),
+        ({"$schema": "http://json-schema.org/draft-04/schema#", "enum": [1], "not": {"const": 2}}, "#/not"),
         ({"not": {"type": [[]]}}, "#/not"),
         ({"enum": [1], "not": {"enum": 5}}, "#/not"),
         ({"type": "object", "propertyNames": {"maxLength": "3"}}, "#/propertyNames"),
