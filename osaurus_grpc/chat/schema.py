@@ -21,8 +21,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
-from decimal import Decimal
+from collections.abc import Sequence
 from typing import Final, NamedTuple, Never
 
 from osaurus_grpc.chat import schema_bounds
@@ -42,6 +41,7 @@ from osaurus_grpc.chat.schema_keywords import (
     is_reference,
     only_kind,
 )
+from osaurus_grpc.chat.schema_numbers import Numbers, bound_integers
 from osaurus_grpc.chat.schema_overlap import Looks, Overlap, TooMuchToCompareError, telling_property
 from osaurus_grpc.chat.schema_patterns import enforceable
 from osaurus_grpc.chat.schema_references import References, Use, definition
@@ -50,21 +50,10 @@ from osaurus_grpc.errors import InvalidRequestError
 
 MAX_SCHEMA_CHARACTERS: Final = 262_144
 MAX_SCHEMAS: Final = 10_000
-# The automaton of a multiple has as many states as the number has values.
-_MAX_MULTIPLE: Final = 10_000
-# All multiples of a schema together.
-_MAX_MULTIPLES: Final = 1_000_000
 _MAX_PATH_PARTS: Final = 96  # the library reads JSON of at most 128 levels
 _MAX_LEVELS: Final = 192
 # Of alternatives that each forbid one property of every other one.
 _MAX_EXCLUSIONS: Final = 10_000
-_MAX_COUNT: Final = 2**31 - 1
-# The largest float below 2^63.
-_LARGEST_INTEGER: Final = 2**63 - 1024
-_LARGEST_EXACT: Final = 2**53
-# From an excluded whole number to the first one that is admitted.
-_LEAST_STEP: Final = 1e-12
-
 # At most one blank after a comma or a colon: models are used to one, and small ones loop on more.
 _FORM: Final = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 # Without \u: it would let any letter be written in the names of properties that are not declared, and so
@@ -187,11 +176,10 @@ class _Rewriting:
         self._lenient = lenient
         self._field = field
         self._count = 0
-        self._shared_multiple = 1
         self._references = References(root, self._refuse)
+        self._numbers = Numbers(self._refuse, self._cannot)
         self._one_ofs: list[_OneOf] = []
         self._draft = draft_of(root)
-        self._multiples = 0
         self._looks = Looks()
         # Keyword and path of a constant or a name that holds a control character.
         self._control: tuple[str, str] | None = None
@@ -285,7 +273,7 @@ class _Rewriting:
             is_alone = alone and not others and (types is None or len(types) == 1)
             self._keyword(out, key, value, f"{path}/{_escaped(key)}", types or within, is_alone)
         if types is not None and not asserting & APPLICATORS:
-            _bound_integers(out, types)
+            bound_integers(out, types)
             if alone and "object" in types:
                 _close(out)
         self._check_counts(out, path)
@@ -338,7 +326,7 @@ class _Rewriting:
                 values = value if key == "enum" and isinstance(value, list) else [value]
                 if key == "enum" and not (isinstance(value, list) and value):
                     self._refuse(key, path, "must be a list with at least one value.")
-                if self._are_exact(key, values, path):
+                if self._numbers.are_exact(key, values, path):
                     self._look_for_control(key, values, path)
                     out[key] = value
             case "required":
@@ -347,15 +335,11 @@ class _Rewriting:
                 self._look_for_control(key, value, path)
                 out[key] = list(dict.fromkeys(value))
             case "minLength" | "maxLength" | "minItems" | "maxItems" | "minProperties" | "maxProperties":
-                out[key] = self._size(key, value, path)
+                out[key] = self._numbers.size(key, value, path)
             case "minimum" | "maximum" | "exclusiveMinimum" | "exclusiveMaximum":
-                bound = self._bound(key, value, path)
-                if types == ["integer"]:
-                    out[key] = bound
-                else:
-                    _put_bound(out, key, bound)
+                self._numbers.put_bound(out, key, value, path, types)
             case "multipleOf":
-                self._multiple(out, value, path, alone)
+                self._numbers.put_multiple(out, value, path, alone)
             case "pattern":
                 if not isinstance(value, str):
                     self._refuse(key, path, "must be a string.")
@@ -434,7 +418,9 @@ class _Rewriting:
         _, items = self._references.end(node.get("items"), is_reference, f"{path}/items/$ref")
         lists = unique_lists(node, items)
         self._count += len(lists or ())
-        if lists is None or not all(self._are_exact("enum", values, f"{path}/items") for values in lists):
+        if lists is None or not all(
+            self._numbers.are_exact("enum", values, f"{path}/items") for values in lists
+        ):
             return None
         return {
             "type": "array",
@@ -486,60 +472,6 @@ class _Rewriting:
                 why = f"cannot be enforced: no type and no constant tells the alternatives {i} and {j} apart"
                 self._refuse("oneOf", path, f"{why}; use anyOf.")
 
-    def _are_exact(self, key: str, values: Iterable[object], path: str) -> bool:
-        """Refuse numbers that the library would round; False where they are left out."""
-        for value in values:
-            if isinstance(value, dict | list):
-                inner = value.values() if isinstance(value, dict) else value
-                if not self._are_exact(key, inner, path):
-                    return False
-            elif isinstance(value, int) and abs(value) > _LARGEST_EXACT:
-                self._cannot(key, path, f"holds {str(value)[:40]}, which is too large a number to enforce.")
-                return False
-        return True
-
-    def _size(self, key: str, value: object, path: str) -> int:
-        # JSON has one kind of number: 3.0 is a whole one, true is none.
-        count = (
-            int(value) if isinstance(value, int) or (isinstance(value, float) and value.is_integer()) else -1
-        )
-        if isinstance(value, bool) or not 0 <= count <= _MAX_COUNT:
-            self._refuse(key, path, f"must be a whole number from 0 to {_MAX_COUNT}.")
-        return count
-
-    def _bound(self, key: str, value: object, path: str) -> int | float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self._refuse(key, path, "must be a number.")
-        if isinstance(value, float) or abs(value) <= _LARGEST_EXACT:
-            return value
-        try:
-            rounded = float(value)
-        except OverflowError:
-            self._refuse(key, path, "is too large a number to enforce.")
-        if key.lower().endswith("minimum"):
-            return int(rounded if rounded >= value else math.nextafter(rounded, math.inf))
-        return int(rounded if rounded <= value else math.nextafter(rounded, -math.inf))
-
-    def _multiple(self, out: Schema, value: object, path: str, alone: bool) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            self._refuse("multipleOf", path, "must be a number above 0.")
-        coefficient = int("".join(map(str, Decimal(str(value)).normalize().as_tuple().digits)))
-        exponent = int(Decimal(str(value)).normalize().as_tuple().exponent)
-        coefficient *= 10 ** min(max(exponent, 0), 9)
-        if not alone:
-            # Several that meet make their least common multiple.
-            self._shared_multiple = math.lcm(self._shared_multiple, coefficient)
-        if max(coefficient, self._shared_multiple) > _MAX_MULTIPLE or exponent < -9:
-            self._cannot(
-                "multipleOf", path, f"cannot be enforced; up to {_MAX_MULTIPLE} can, and nine decimals."
-            )
-            return
-        self._multiples += coefficient
-        if self._multiples > _MAX_MULTIPLES:
-            self._cannot("multipleOf", path, "cannot be enforced: there are too many multiples.")
-            return
-        out["multipleOf"] = value
-
     def _format(self, out: Schema, value: object, path: str, types: list[str] | None) -> None:
         if not isinstance(value, str):
             self._refuse("format", path, "must be a string.")
@@ -582,20 +514,6 @@ def _required_only(node: object) -> list[str]:
     return names if said == {"required"} and are_names(names) else []
 
 
-def _put_bound(out: Schema, key: str, bound: float) -> None:
-    """Put a bound of numbers there; an excluded one is moved inward, and then included.
-
-    The library admits a whole one all the same where the other bound has the same whole part (0 to 0.5),
-    and next to any it admits digits that make no other float.
-    """
-    if key.startswith("exclusive") and abs(bound) < _LARGEST_EXACT:
-        # The library reads the last digits of a float inexactly.
-        step = max(_LEAST_STEP if int(bound) == bound else 0.0, 8 * math.ulp(bound))
-        key, bound = ("minimum", bound + step) if key == "exclusiveMinimum" else ("maximum", bound - step)
-    narrower = max if key.lower().endswith("minimum") else min
-    out[key] = narrower(out.get(key, bound), bound)
-
-
 def _escaped(name: str) -> str:
     """A name as a part of a JSON pointer (RFC 6901)."""
     return name.replace("~", "~0").replace("/", "~1")
@@ -624,16 +542,6 @@ def _is_evadable(node: object) -> bool:
 
 def _is_single(value: object) -> bool:
     return isinstance(value, list) and len(value) == 1
-
-
-def _bound_integers(out: Schema, types: Sequence[str]) -> None:
-    """Keep unbounded integers within 64 bits."""
-    if "integer" not in types or "number" in types:
-        return
-    if "minimum" not in out and "exclusiveMinimum" not in out:
-        out["minimum"] = -_LARGEST_INTEGER
-    if "maximum" not in out and "exclusiveMaximum" not in out:
-        out["maximum"] = _LARGEST_INTEGER
 
 
 def _close(out: Schema) -> None:
