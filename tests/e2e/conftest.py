@@ -16,30 +16,29 @@ def home(tmp_path: Path) -> Path:
     return path
 
 
+def _linked(path: Path, models: Path) -> Path:
+    """A models directory of its own with the tiny model of another."""
+    path.mkdir()
+    (path / "tiny-llama").symlink_to(models / "tiny-llama")
+    return path
+
+
 @pytest.fixture
 def models_dir(tmp_path: Path, tiny_dir: Path) -> Path:
     """A models directory with the tiny model, which no other test's server uses."""
-    path = tmp_path / "models"
-    path.mkdir()
-    (path / "tiny-llama").symlink_to(tiny_dir / "tiny-llama")
-    return path
+    return _linked(tmp_path / "models", tiny_dir)
 
 
 @pytest.fixture
 def endless_models_dir(tmp_path: Path, endless_dir: Path) -> Path:
     """The same with a tiny model whose answers do not end by themselves."""
-    path = tmp_path / "endless-models"
-    path.mkdir()
-    (path / "tiny-llama").symlink_to(endless_dir / "tiny-llama")
-    return path
+    return _linked(tmp_path / "endless-models", endless_dir)
 
 
 @pytest.fixture(scope="module")
 def served_dir(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
     """The models directory of tiny_served, which no other test's server uses either."""
-    path = tmp_path_factory.mktemp("models")
-    (path / "tiny-llama").symlink_to(tiny_dir / "tiny-llama")
-    return path
+    return _linked(tmp_path_factory.mktemp("served") / "models", tiny_dir)
 
 
 @pytest.fixture(scope="module")
